@@ -1,0 +1,77 @@
+"""Stable-Baselines3's PPO on the same work as ppo_clip.py: the baseline of the README's learning and speed tables.
+
+Run it in a virtual environment of its own (`pip install stable-baselines3==2.9.2 "gymnasium[mujoco]==1.4.0" torch==2.13.0`):
+
+    python benchmark/sb3_ppo.py --env-id Hopper-v4 --seed 1 --csv progress.csv
+
+It writes `global_step,wall_time,sps,episodes,episodic_return,episodic_length` once per iteration: the first columns of
+ppo_clip.py's progress.csv, with the same meaning (mean raw return of the last 100 finished episodes).
+"""
+
+import argparse
+import csv
+import time
+
+import torch
+
+torch.set_num_threads(1)
+
+import gymnasium as gym  # noqa: E402
+from stable_baselines3 import PPO  # noqa: E402
+from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
+from stable_baselines3.common.monitor import Monitor  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
+
+
+class Progress(BaseCallback):
+    """One row per rollout. SB3's ep_info_buffer holds the last 100 episodes' raw returns (Monitor is the inner wrapper)."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def _on_training_start(self):
+        self.start, self.last, self.last_step, self.episodes = time.time(), time.time(), 0, 0
+        self.writer = csv.writer(open(self.path, "w", newline="", buffering=1))
+        self.writer.writerow("global_step wall_time sps episodes episodic_return episodic_length".split())
+
+    def _on_step(self):
+        self.episodes += sum("episode" in info for info in self.locals["infos"])
+        return True
+
+    def _row(self):
+        now, infos = time.time(), self.model.ep_info_buffer
+        mean = {k: sum(i[k] for i in infos) / len(infos) if infos else float("nan") for k in "rl"}
+        sps = (self.num_timesteps - self.last_step) / (now - self.last)
+        self.writer.writerow([self.num_timesteps, round(now - self.start, 3), round(sps, 1), self.episodes, mean["r"], mean["l"]])
+        self.last, self.last_step = now, self.num_timesteps
+
+    def _on_rollout_start(self):  # the update of the rollout before has just ended
+        if self.num_timesteps:
+            self._row()
+
+    def _on_training_end(self):
+        self._row()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--env-id", default="Hopper-v4")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--total-timesteps", type=int, default=1_000_000)
+    parser.add_argument("--num-envs", type=int, default=8)
+    parser.add_argument("--num-steps", type=int, default=256)
+    parser.add_argument("--csv", required=True)
+    args = parser.parse_args()
+    envs = DummyVecEnv([lambda: Monitor(gym.make(args.env_id)) for _ in range(args.num_envs)])
+    envs = VecNormalize(envs, gamma=0.99)
+    model = PPO(
+        "MlpPolicy", envs, n_steps=args.num_steps, batch_size=64, n_epochs=10, gamma=0.99, gae_lambda=0.95, clip_range=0.2,
+        ent_coef=0.0, vf_coef=0.5, max_grad_norm=0.5, learning_rate=lambda remaining: 3e-4 * remaining,
+        seed=args.seed, device="cpu",
+    )  # fmt: skip
+    model.learn(args.total_timesteps, callback=Progress(args.csv))
+
+
+if __name__ == "__main__":
+    main()
