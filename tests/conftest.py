@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests. The scripts are imported, so what is tested is the code that runs."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+os.environ["OMP_NUM_THREADS"] = "1"
+
+SCRIPTS = [p for p in ("trpo_continuous", "ppo_clip", "ppo_klpen", "ppo_multiagent", "pbt_launcher") if (ROOT / f"{p}.py").exists()]
+# the scripts that train one agent and keep the contract of flags and run folders to the letter
+TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", "ppo_klpen")]
+
+
+@pytest.fixture(params=SCRIPTS)
+def any_script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=TRAINING)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Start a script in an empty folder, as a user would; returns the Popen or, with wait=True, the finished process."""
+
+    def start(name, *flags, wait=True, cwd=tmp_path, **kwargs):
+        command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        run = subprocess.run if wait else subprocess.Popen
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return run(command, cwd=cwd, env=env, **(pipes | kwargs))
+
+    return start

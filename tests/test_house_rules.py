@@ -1,0 +1,93 @@
+"""The rules of the house, held for every script that exists."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT, SCRIPTS, TRAINING
+
+# Names that differ between scripts on purpose.
+MAY_DIFFER = {"Args", "Agent", "train", "main", "evaluate", "fill_batch", "empty_batch", "check_args"}
+
+
+def top_level(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_imports_nothing_of_the_repository(any_script):
+    local = {p.stem for p in ROOT.glob("*.py")} | {"tests", "benchmark"}
+    for node in ast.walk(ast.parse(inspect.getsource(any_script))):
+        if isinstance(node, ast.Import):
+            assert not {a.name.split(".")[0] for a in node.names} & local
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module.split(".")[0] not in local
+
+
+def test_header_pins_equal_requirements(any_script):
+    header = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", inspect.getsource(any_script))
+    content = tomllib.loads("".join(line[2:] for line in header["content"].splitlines(keepends=True)))
+    requirements = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert sorted(content["dependencies"]) == sorted(requirements)
+    assert content["requires-python"] == ">=3.11"
+
+
+def test_same_name_same_source():
+    seen = {}
+    for script in SCRIPTS:
+        for name, source in top_level(script).items():
+            if name not in MAY_DIFFER:
+                first_script, first = seen.setdefault(name, (script, source))
+                assert source == first, f"{name} differs between {first_script}.py and {script}.py"
+
+
+def test_twins_are_compared_at_all():
+    assert {"gae", "DiagGaussian", "Actors", "RunLog"} <= set(top_level("ppo_clip")) - MAY_DIFFER
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_copied_alone_into_an_empty_folder_it_runs(script, tmp_path):
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    command = [sys.executable, "-I", f"{script}.py", "--total-timesteps", "512", "--num-steps", "64", "--no-compile"]
+    command += ["--env-id", "Pendulum-v1", "--run-dir", "run"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert {p.name for p in tmp_path.iterdir()} <= {f"{script}.py", "run"}
+
+
+def test_every_flag_shows_a_help_text(script, capsys):
+    fields = dataclasses.fields(script.Args)
+    docs = re.findall(r'^    (\w+): .*\n    """(.+)', inspect.getsource(script.Args), flags=re.M)
+    assert [name for name, _ in docs] == [f.name for f in fields]
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for name, text in docs:
+        assert f"--{name.replace('_', '-')}" in shown
+        assert text.strip('" ')[:20] in shown, f"--help does not show the text of {name}"
+
+
+def test_every_flag_is_used(script):
+    body = inspect.getsource(script).replace(inspect.getsource(script.Args), "")
+    for field in dataclasses.fields(script.Args):
+        assert re.search(rf"args\.{field.name}\b|\"{field.name}\"", body), f"{field.name} is not used"
+
+
+def test_functions_stay_short_and_flat(any_script):
+    for node in ast.walk(ast.parse(inspect.getsource(any_script))):
+        if isinstance(node, ast.FunctionDef) and node.name != "train":
+            assert node.end_lineno - node.lineno < 50, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+    assert all(len(line) <= 120 for line in inspect.getsource(any_script).splitlines())
+
+
+def test_no_row_of_the_readme_is_missing():
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}.py`" in readme for name in SCRIPTS)
+    assert len(readme.splitlines()) < 250
