@@ -151,13 +151,11 @@ class Args:
     """stop an iteration's epochs early once the exact KL(old||new) of the batch exceeds this"""
 
 
-# ======================================================================================================================
-# Networks and distributions
-# ======================================================================================================================
+# ==== Networks and distributions ======================================================================================
 
 
 class DiagGaussian:
-    """Normal distribution with diagonal covariance for Box actions. A policy is a tensor (..., P = 2A): mean, log std."""
+    """Normal distribution with diagonal covariance (Box actions). A policy is a tensor (..., P = 2A): mean, log std."""
 
     @staticmethod
     def log_prob(policy, action):  # -> (...), summed over the action's dimensions
@@ -223,7 +221,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def frozen_actor(self):
-        """The actor as it is now, as a numpy function of raw observations (N, D) -> (N, A): the mean action or the logits.
+        """The actor as it is now, as a numpy function of raw observations (N, D) -> (N, A): mean action or logits.
         A rollout needs no gradient, and for a handful of rows numpy answers in a third of PyTorch's time."""
         normalize = self.obs_rms.normalizer(numpy=True)
         (w1, b1, w2, b2, w3, b3) = (p.cpu().numpy().T.copy() for p in self.actor.parameters())
@@ -231,8 +229,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def noise(self, T, N, rng):
-        """What turns the actor's output into a sample when added to it (T, N, A): std * N(0, 1), or Gumbel noise, with which
-        the argmax of the logits is a sample of their softmax."""
+        """What turns the actor's output into a sample when added to it (T, N, A): std * N(0, 1), or Gumbel noise, with
+        which the argmax of the logits is a sample of their softmax."""
         shape = (T, N, self.action_dim)
         if self.discrete:
             return -torch.empty(shape).exponential_(generator=rng).log().numpy()
@@ -252,9 +250,7 @@ class Agent(nn.Module):
         self.return_rms.update(rollout["discounted_return"][valid])
 
 
-# ======================================================================================================================
-# The mathematics: pure functions of tensors
-# ======================================================================================================================
+# ==== The mathematics: pure functions of tensors ======================================================================
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -294,8 +290,8 @@ METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "gra
 def ppo_loss(agent, batch, coef, norm_adv, clip_vloss):
     """The loss to minimise on one minibatch, -L(theta) of the module's docstring, and what to log of it.
 
-    batch: obs (M, D) · action (M, A) or (M,) · logprob, advantage, return, value (M,) at the old parameters · weight (M,),
-    0 for rows that are no transitions (EnvPool's resets). coef: scalar tensors. Returns loss (), metrics (5,).
+    batch: obs (M, D) · action (M, A) or (M,) · logprob, advantage, return, value (M,) at the old parameters ·
+    weight (M,), 0 for rows that are no transitions (EnvPool's resets). coef: scalars. Returns loss (), metrics (5,).
     """
     weight = batch["weight"] / batch["weight"].sum().clamp(min=1)
 
@@ -329,8 +325,8 @@ def ppo_loss(agent, batch, coef, norm_adv, clip_vloss):
 def minibatch_update(agent, adam, data, index, coef, metrics, norm_adv, clip_vloss):
     """One gradient step on data[index] (M,): loss, gradient, norm clipping, Adam. Adds what to log to `metrics` (6,).
 
-    In place, with static shapes, no random numbers and no host sync: the same function runs eager, compiled, or captured
-    in a CUDA graph. adam["params"] is the vector that the agent's parameters are views of (see flatten_parameters).
+    In place, with static shapes, no random numbers and no host sync: the same function runs eager, compiled, or
+    captured in a CUDA graph. adam["params"] is the vector that the agent's parameters are views of.
     """
     batch = {key: x[index] for key, x in data.items()}
     loss, logged = ppo_loss(agent, batch, coef, norm_adv, clip_vloss)
@@ -396,7 +392,7 @@ def empty_batch(agent, obs_dim, B):
 
 @torch.no_grad()
 def fill_batch(data, agent, rollout, gamma, gae_lambda):
-    """Write one rollout, with log-probabilities, values and advantages under the present parameters, into `data` (B, ...)."""
+    """Write a rollout, with its log-probabilities, values and advantages at the present parameters, into `data`."""
     rollout = {key: x.to(data["obs"].device) for key, x in rollout.items()}
     normalize = agent.obs_rms.normalizer()
     obs = normalize(rollout["obs"])  # (T+1, N, D)
@@ -406,20 +402,19 @@ def fill_batch(data, agent, rollout, gamma, gae_lambda):
         next_value[tuple(rollout["final_index"].T)] = agent.value(normalize(rollout["final_obs"]))
     reward = (rollout["reward"] * agent.return_rms.inv_std()).clamp(-10, 10)
     advantage = gae(reward, value[:-1], next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
-    batch = {"obs": obs[:-1], "action": rollout["action"], "policy": policy, "value": value[:-1], "advantage": advantage}
-    batch |= {"logprob": agent.dist.log_prob(policy, rollout["action"]), "return": advantage + value[:-1]}
-    for key, x in (batch | {"weight": rollout["valid"]}).items():
+    batch = {"obs": obs[:-1], "action": rollout["action"], "policy": policy, "weight": rollout["valid"]}
+    batch |= {"advantage": advantage, "return": advantage + value[:-1], "value": value[:-1]}
+    batch |= {"logprob": agent.dist.log_prob(policy, rollout["action"])}
+    for key, x in batch.items():
         data[key].copy_(x.flatten(0, 1))
 
 
-# ======================================================================================================================
-# PPO Algorithm 1
-# ======================================================================================================================
+# ==== PPO Algorithm 1 =================================================================================================
 
 
 def train(args: Args) -> dict:
-    """Train by PPO Algorithm 1. Returns a summary: global_step, episodic_return (mean raw return of the last 100 episodes),
-    episodes, checkpoint (its path), signal (the one that ended the run, or None).
+    """Train by PPO Algorithm 1. Returns a summary: global_step, episodic_return (mean raw return of the last 100
+    episodes), episodes, checkpoint (its path), signal (the one that ended the run, or None).
 
     Raises UserError before anything is written, RunFailed if a loss, gradient, reward or observation is not finite.
     """
@@ -433,12 +428,12 @@ def train(args: Args) -> dict:
     rng = torch.Generator().manual_seed(args.seed)
     agent = Agent(actors.obs_dim, actors.action_space, rng).to(device)
 
-    # Everything that the update reads has a fixed place in memory and is only ever overwritten there. Hyperparameters are
-    # tensors too: no schedule and no population's mutation makes the compiler start again.
+    # Everything that the update reads has a fixed place in memory and is only ever overwritten there. Hyperparameters
+    # are tensors too: no schedule and no population's mutation makes the compiler start again.
     T, N = args.num_steps, args.num_envs
     B, M = T * N, T * N // args.num_minibatches
     flat = flatten_parameters(agent)
-    adam = {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": torch.zeros((), device=device)}
+    adam = {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": flat.new_zeros(())}
     data = {key: x.to(device) for key, x in empty_batch(agent, actors.obs_dim, B).items()}
     inputs = {key: x for key, x in data.items() if key != "policy"}  # of the update; the old policy is for the exact KL
     coef = {key: torch.zeros((), device=device) for key in COEFFICIENTS}
@@ -496,14 +491,14 @@ def train(args: Args) -> dict:
             rollout = actors.collect(agent, T, rng)
             steps = int(rollout["valid"].sum())
             if not all(rollout[key].isfinite().all() for key in ("obs", "reward")):
-                raise RunFailed(f"an observation or reward between steps {global_step} and {global_step + steps} is not finite")
+                raise RunFailed(f"an observation or reward is not finite, within {steps} steps of step {global_step}")
 
             # ---- advantages (line 4) ---------------------------------------------------------------------------------
             fill_batch(data, agent, rollout, args.gamma, args.gae_lambda)
 
             # ---- update: K epochs of minibatches on L(theta) (line 6) ------------------------------------------------
             metrics.zero_()
-            for epoch in range(args.update_epochs):
+            for epoch in range(1, args.update_epochs + 1):  # noqa: B007 (logged below)
                 for index in torch.randperm(B, generator=rng).to(device).view(-1, M):
                     update(index)
                 if args.target_kl is not None and mean_kl(agent, data) > args.target_kl:
@@ -517,7 +512,7 @@ def train(args: Args) -> dict:
             global_step += steps
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------
-            means = dict(zip(METRICS, (metrics / ((epoch + 1) * args.num_minibatches)).tolist(), strict=True))
+            means = dict(zip(METRICS, (metrics / (epoch * args.num_minibatches)).tolist(), strict=True))
             for key, x in (means | {"kl": kl}).items():
                 if not math.isfinite(x):
                     raise RunFailed(f"{key} is {x} at step {global_step}")
@@ -526,7 +521,7 @@ def train(args: Args) -> dict:
                 global_step=global_step, wall_time=wall_time, sps=steps / (time.time() - iteration_start),
                 **actors.statistics(), **means, kl=kl, 
                 explained_variance=explained_variance(data["value"][valid], data["return"][valid]),
-                learning_rate=coef["learning_rate"].item(), clip_coef=clip_coef, epochs=epoch + 1,
+                learning_rate=coef["learning_rate"].item(), clip_coef=clip_coef, epochs=epoch,
             )  # fmt: skip
             passed = global_step // args.checkpoint_every > (global_step - steps) // args.checkpoint_every
             cut = passed or global_step >= last_step or bool(signals)
@@ -543,9 +538,7 @@ def train(args: Args) -> dict:
     }
 
 
-# ======================================================================================================================
-# Plumbing, the same in every script. A reader who wanted the algorithm can stop here.
-# ======================================================================================================================
+# ==== Plumbing, the same in every script. A reader who wanted the algorithm can stop here. ============================
 
 
 class UserError(Exception):
@@ -595,8 +588,8 @@ class RunningMeanStd(nn.Module):
 
 
 def env_action(output, space):
-    """The action that an environment takes, of the actor's output (..., A) with or without noise. Only the environment sees
-    a clipped action: the log-probability belongs to the one that was sampled."""
+    """The action that an environment takes, of the actor's output (..., A) with or without noise. Only the environment
+    sees a clipped action: the log-probability belongs to the one that was sampled."""
     if isinstance(space, gym.spaces.Discrete):
         return output.argmax(-1) + space.start
     return output.reshape(*output.shape[:-1], *space.shape).clip(space.low, space.high)
@@ -621,11 +614,12 @@ class Actors:
         self.episode_length = np.zeros(self.num_envs)
 
     def collect(self, agent, num_steps, rng):
-        """Run the policy for T steps in each environment. Only the actor acts here; values and log-probabilities follow in
-        one batch (fill_batch), since no parameter moves during a rollout.
+        """Run the policy for T steps in each environment. Only the actor is evaluated here; values and
+        log-probabilities follow in one batch (fill_batch), since no parameter moves during a rollout.
 
-        Returns tensors obs (T+1, N, D) raw, action (T, N, A) or (T, N), reward, terminated, done, discounted_return, valid
-        (T, N), and final_index (F, 2), final_obs (F, D): at which (t, n) an episode was truncated, and what it saw then.
+        Returns tensors obs (T+1, N, D) raw, action (T, N, A) or (T, N), reward, terminated, done, valid,
+        discounted_return (T, N), final_index (F, 2) and final_obs (F, D): the (t, n) at which an episode was truncated,
+        and the observation that it was cut off at.
 
         valid is 0 where the environment ignored the action because it was starting a new episode (next-step autoreset:
         obs[t] is then the last observation of the episode before, which is also why no final_obs is needed).
@@ -670,8 +664,8 @@ class Actors:
 
     def statistics(self):
         """episodes so far, and mean raw return and length of the last 100 (nan before the first): Table 1's measure."""
-        means = {key: float(np.mean(x)) if x else float("nan") for key, x in (("return", self.returns), ("length", self.lengths))}
-        return {"episodes": self.episodes, "episodic_return": means["return"], "episodic_length": means["length"]}
+        mean_return, mean_length = (float(np.mean(x)) if x else math.nan for x in (self.returns, self.lengths))
+        return {"episodes": self.episodes, "episodic_return": mean_return, "episodic_length": mean_length}
 
     def state_dict(self):
         return {"episodes": self.episodes, "returns": list(self.returns), "lengths": list(self.lengths)}
@@ -698,8 +692,8 @@ def make_env(env_id, **kwargs):
 
 
 def quiet_mujoco():
-    """Silence two warnings that tell a user of the v4 environments nothing (v4 on purpose: the published numbers are v4's;
-    v5 ids work too), of which MuJoCo would also leave a MUJOCO_LOG.TXT in the working folder."""
+    """Silence two warnings that tell a user of the v4 environments nothing (v4 on purpose: the published numbers are
+    v4's; v5 ids work too), one of which would also leave a MUJOCO_LOG.TXT in the working folder."""
     warnings.filterwarnings("ignore", message=".*The environment .* is out of date")
     if find_spec("mujoco"):
         import mujoco
@@ -741,12 +735,12 @@ class EnvPool:
             raise UserError("--vectorization envpool needs the package: pip install envpool==1.2.5") from None
         if env_id not in envpool.list_all_envs():
             raise UserError(f"EnvPool has no environment {env_id}")
-        threads = min(num_envs, len(os.sched_getaffinity(0)))
-        self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
+        options = {"num_envs": num_envs, "num_threads": min(num_envs, len(os.sched_getaffinity(0)))}
+        self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", seed=seed, **options)
         self.num_envs, self.pool = num_envs, self.make(0)
         self.single_observation_space, self.single_action_space = self.pool.observation_space, self.pool.action_space
         if len(self.single_observation_space.shape or ()) != 1:
-            raise UserError(f"{env_id} has observations {self.single_observation_space}; with EnvPool they must be flat")
+            raise UserError(f"EnvPool's {env_id} has observations that are not flat: {self.single_observation_space}")
 
     def reset(self, seed):  # EnvPool takes its seed only when it is made
         self.pool.close()
@@ -780,7 +774,7 @@ def save_checkpoint(state, path):
 
 
 def load_checkpoint(path, env_id=None):
-    """The state that save_checkpoint wrote, from a file or a run folder. Nothing in it is executed. Raises UserError."""
+    """The state that save_checkpoint wrote, from a file or a run folder. It runs no code. Raises UserError."""
     path = checkpoint_path(path)
     blob = path.read_bytes()
     payload, digest = blob[:-32], blob[-32:]
@@ -811,12 +805,12 @@ def choose_run_dir(args):
     name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or Path("runs") / name)
     if (run_dir / "checkpoint.pt").exists():
-        raise UserError(f"{run_dir} holds another run; go on with it by --resume {run_dir}, or choose another --run-dir")
+        raise UserError(f"{run_dir} holds another run: go on with --resume {run_dir}, or choose another --run-dir")
     return run_dir
 
 
 class RunLog:
-    """The run folder's files but for the checkpoint: args.json, the script, progress.csv, TensorBoard events; and the bar."""
+    """The run folder but for the checkpoint: args.json, the script, progress.csv, TensorBoard events; and the bar."""
 
     CHARTS = {"sps": "SPS"} | {key: key for key in ("episodes", "episodic_return", "episodic_length", "learning_rate")}
 
@@ -842,7 +836,7 @@ class RunLog:
         if self.header:
             writer.writeheader()
             self.header = False
-        writer.writerow({key: f"{x:.6g}" if isinstance(x, float) and key != "wall_time" else x for key, x in row.items()})
+        writer.writerow({key: f"{x:.9g}" if isinstance(x, float) else x for key, x in row.items()})
         for key, x in row.items():
             if key not in ("global_step", "wall_time"):
                 tag = f"charts/{self.CHARTS[key]}" if key in self.CHARTS else f"losses/{key}"
@@ -865,7 +859,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that gets the number of a SIGINT or SIGTERM, to be looked at between iterations; a second one kills."""
+    """Yield a list that receives the number of a SIGINT or SIGTERM, for the loop to look at; a second one kills."""
     received, before = [], {}
 
     def handler(number, frame):
@@ -942,19 +936,20 @@ def parse_args(argv=None) -> Args:
 def check_args(args):
     """Raise UserError for what cannot work, before anything is written."""
     batch = args.num_envs * args.num_steps
-    unit, positive = ("gamma", "gae_lambda"), ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every",
-        "learning_rate", "clip_coef", "max_grad_norm", "kl_lr_target", "eval_episodes")  # fmt: skip
-    rules = [(0 <= getattr(args, key) <= 1, f"{key} must lie in [0, 1]") for key in unit]
-    rules += [(getattr(args, key) > 0, f"{key} must be positive") for key in positive]
+    positive = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "learning_rate"]
+    positive += ["clip_coef", "max_grad_norm", "kl_lr_target", "eval_episodes"]
+    rules = [(getattr(args, key) > 0, f"{key} must be positive") for key in positive]
+    rules += [(0 <= getattr(args, key) <= 1, f"{key} must lie in [0, 1]") for key in ("gamma", "gae_lambda")]
+    too_short = f"total_timesteps = {args.total_timesteps} is shorter than one iteration of {batch} steps"
+    indivisible = f"num_envs * num_steps = {batch} does not divide into {args.num_minibatches} minibatches"
     rules += [
         (args.kl_lr_band >= 1 and args.kl_lr_factor >= 1, "kl_lr_band and kl_lr_factor must be at least 1"),
-        (args.num_minibatches < 1 or batch % args.num_minibatches == 0,
-         f"num_envs * num_steps = {batch} does not divide into {args.num_minibatches} minibatches"),
+        (args.num_minibatches < 1 or batch % args.num_minibatches == 0, indivisible),
         (not args.norm_adv or batch > args.num_minibatches, "norm_adv needs minibatches of at least 2 samples"),
-        (args.total_timesteps >= batch, f"total_timesteps {args.total_timesteps} is shorter than one iteration ({batch} steps)"),
+        (args.total_timesteps >= batch, too_short),
         (not args.capture_video, "capture_video goes with --evaluate"),
         (not args.cuda or torch.cuda.is_available(), "cuda: torch finds no CUDA device here"),
-    ]  # fmt: skip
+    ]
     for holds, message in rules:
         if not holds:
             raise UserError(message)

@@ -1,6 +1,6 @@
 """Stable-Baselines3's PPO on the same work as ppo_clip.py: the baseline of the README's learning and speed tables.
 
-Run it in a virtual environment of its own (`pip install stable-baselines3==2.9.2 "gymnasium[mujoco]==1.4.0" torch==2.13.0`):
+Run it in the virtual environment that benchmark/speed.py makes for it (.venv-sb3; the pins stand there):
 
     python benchmark/sb3_ppo.py --env-id Hopper-v4 --seed 1 --csv progress.csv
 
@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: 
 
 
 class Progress(BaseCallback):
-    """One row per rollout. SB3's ep_info_buffer holds the last 100 episodes' raw returns (Monitor is the inner wrapper)."""
+    """One row per rollout. SB3's ep_info_buffer has the last 100 episodes' raw returns (Monitor sits innermost)."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -33,7 +33,7 @@ class Progress(BaseCallback):
     def _on_training_start(self):
         self.start, self.last, self.last_step, self.episodes = time.time(), time.time(), 0, 0
         self.writer = csv.writer(open(self.path, "w", newline="", buffering=1))
-        self.writer.writerow("global_step wall_time sps episodes episodic_return episodic_length".split())
+        self.writer.writerow(["global_step", "wall_time", "sps", "episodes", "episodic_return", "episodic_length"])
 
     def _on_step(self):
         self.episodes += sum("episode" in info for info in self.locals["infos"])
@@ -43,7 +43,9 @@ class Progress(BaseCallback):
         now, infos = time.time(), self.model.ep_info_buffer
         mean = {k: sum(i[k] for i in infos) / len(infos) if infos else float("nan") for k in "rl"}
         sps = (self.num_timesteps - self.last_step) / (now - self.last)
-        self.writer.writerow([self.num_timesteps, round(now - self.start, 3), round(sps, 1), self.episodes, mean["r"], mean["l"]])
+        self.writer.writerow(
+            [self.num_timesteps, round(now - self.start, 3), round(sps, 1), self.episodes, mean["r"], mean["l"]]
+        )
         self.last, self.last_step = now, self.num_timesteps
 
     def _on_rollout_start(self):  # the update of the rollout before has just ended
@@ -66,8 +68,8 @@ def main():
     envs = DummyVecEnv([lambda: Monitor(gym.make(args.env_id)) for _ in range(args.num_envs)])
     envs = VecNormalize(envs, gamma=0.99)
     model = PPO(
-        "MlpPolicy", envs, n_steps=args.num_steps, batch_size=64, n_epochs=10, gamma=0.99, gae_lambda=0.95, clip_range=0.2,
-        ent_coef=0.0, vf_coef=0.5, max_grad_norm=0.5, learning_rate=lambda remaining: 3e-4 * remaining,
+        "MlpPolicy", envs, n_steps=args.num_steps, batch_size=64, n_epochs=10, gamma=0.99, gae_lambda=0.95,
+        clip_range=0.2, ent_coef=0.0, vf_coef=0.5, max_grad_norm=0.5, learning_rate=lambda remaining: 3e-4 * remaining,
         seed=args.seed, device="cpu",
     )  # fmt: skip
     model.learn(args.total_timesteps, callback=Progress(args.csv))

@@ -12,7 +12,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 os.environ["OMP_NUM_THREADS"] = "1"
 
-SCRIPTS = [p for p in ("trpo_continuous", "ppo_clip", "ppo_klpen", "ppo_multiagent", "pbt_launcher") if (ROOT / f"{p}.py").exists()]
+SCRIPTS = [
+    p
+    for p in ("trpo_continuous", "ppo_clip", "ppo_klpen", "ppo_multiagent", "pbt_launcher")
+    if (ROOT / f"{p}.py").exists()
+]
 # the scripts that train one agent and keep the contract of flags and run folders to the letter
 TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", "ppo_klpen")]
 
@@ -29,7 +33,7 @@ def script(request):
 
 @pytest.fixture
 def cli(tmp_path):
-    """Start a script in an empty folder, as a user would; returns the Popen or, with wait=True, the finished process."""
+    """Start a script in an empty folder, as a user would; returns the finished process, or with wait=False the Popen."""
 
     def start(name, *flags, wait=True, cwd=tmp_path, **kwargs):
         command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]

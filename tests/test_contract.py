@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-SMALL = ["--env-id", "CartPole-v1", "--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--update-epochs", "2"]
+SMALL = [
+    "--env-id",
+    "CartPole-v1",
+    "--num-envs",
+    "2",
+    "--num-steps",
+    "64",
+    "--num-minibatches",
+    "4",
+    "--update-epochs",
+    "2",
+]
 SMALL += ["--no-compile", "--total-timesteps", "2048", "--checkpoint-every", "512"]
 BOX = [*SMALL, "--env-id", "Pendulum-v1"]  # a later flag wins
 
@@ -135,11 +146,18 @@ def test_flags_beat_the_checkpoint(script, tmp_path):
 def test_learning_rate_flag_beats_the_adapted_rate(tmp_path):
     import ppo_clip
 
-    adaptive = ["--lr-schedule", "kl-adaptive", "--kl-lr-target", 1.0]  # far too high: the rate doubles at every iteration
+    adaptive = [
+        "--lr-schedule",
+        "kl-adaptive",
+        "--kl-lr-target",
+        1.0,
+    ]  # far too high: the rate doubles at every iteration
     run(ppo_clip, "--run-dir", tmp_path / "a", "--stop-at-step", 512, *adaptive)
     assert [float(r["learning_rate"]) for r in rows(tmp_path / "a")] == pytest.approx([3e-4, 6e-4, 12e-4, 24e-4])
     ppo_clip.main(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b")])
-    assert float(rows(tmp_path / "b")[0]["learning_rate"]) == pytest.approx(48e-4)  # the adapted rate is in the checkpoint
+    assert float(rows(tmp_path / "b")[0]["learning_rate"]) == pytest.approx(
+        48e-4
+    )  # the adapted rate is in the checkpoint
     ppo_clip.main(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "c"), "--learning-rate", "1e-4"])
     assert float(rows(tmp_path / "c")[0]["learning_rate"]) == pytest.approx(1e-4)
     fixed = ["--lr-schedule", "linear", "--learning-rate", "1e-3"]
@@ -188,12 +206,16 @@ def test_signals_leave_a_checkpoint_that_resumes(script, tmp_path, cli, number):
     while not (tmp_path / "a" / "progress.csv").exists() or len(rows(tmp_path / "a")) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the group
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
+        number
+    )  # Ctrl-C reaches the group
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in err
     summary = json.loads(out.splitlines()[-1])
     assert int(rows(tmp_path / "a")[-1]["global_step"]) == summary["global_step"]
-    again = cli(script.__name__, "--resume", "a", "--vectorization", "sync", "--stop-at-step", summary["global_step"] + 256)
+    again = cli(
+        script.__name__, "--resume", "a", "--vectorization", "sync", "--stop-at-step", summary["global_step"] + 256
+    )
     assert again.returncode == 0 and int(rows(tmp_path / "a")[-1]["global_step"]) == summary["global_step"] + 256
 
 
@@ -267,7 +289,9 @@ def test_damaged_and_foreign_checkpoints(script, tmp_path, capsys):
     assert script.main(["--resume", str(tmp_path / "a"), "--env-id", "Acrobot-v1"]) == 2
     assert "not of Acrobot-v1" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
-    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["global_step"] == 2048  # plain torch reads it too
+    assert (
+        torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["global_step"] == 2048
+    )  # plain torch reads it too
 
 
 # ---- failures: one line, status 1, the last checkpoint stays ---------------------------------------------------------
@@ -305,7 +329,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(script, tmp_path, cli):
     process = cli(script.__name__, "--resume", "a", preexec_fn=small_files)
     assert process.returncode == 1
     assert "File too large" in process.stderr and process.stderr.count("\n") == 1, process.stderr
-    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before and not (tmp_path / "a" / "checkpoint.pt.tmp").exists()
+    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before and not (
+        tmp_path / "a" / "checkpoint.pt.tmp"
+    ).exists()
 
 
 # ---- other observations and actions ----------------------------------------------------------------------------------
@@ -350,7 +376,9 @@ def test_evaluate_prints_one_json_line(script, tmp_path, capsys):
     assert lines[0] == lines[1] and lines[0].count("\n") == 1
     result = json.loads(lines[0])
     assert set(result) == {"mean", "std", "returns"} and len(result["returns"]) == 3
-    assert result["mean"] == pytest.approx(np.mean(result["returns"])) and result["std"] == pytest.approx(np.std(result["returns"]))
+    assert result["mean"] == pytest.approx(np.mean(result["returns"])) and result["std"] == pytest.approx(
+        np.std(result["returns"])
+    )
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
 
 

@@ -1,8 +1,9 @@
 """Whole training runs on environments where the right value and the right action are known."""
 
-import ppo_clip
 import pytest
 import torch
+
+import ppo_clip
 
 GAMMA = 0.9
 FLAGS = {"num_envs": 4, "num_steps": 64, "num_minibatches": 4, "learning_rate": 1e-3, "gamma": GAMMA, "compile": False}
@@ -10,7 +11,9 @@ FLAGS = {"num_envs": 4, "num_steps": 64, "num_minibatches": 4, "learning_rate": 
 
 def trained(tmp_path, name, steps, **flags):
     """Train; returns the value, in units of raw reward, and the actor, both as functions of an observation."""
-    args = ppo_clip.Args(env_id=f"toy_envs:{name}-v0", total_timesteps=steps, run_dir=str(tmp_path / "run"), **(FLAGS | flags))
+    args = ppo_clip.Args(
+        env_id=f"toy_envs:{name}-v0", total_timesteps=steps, run_dir=str(tmp_path / "run"), **(FLAGS | flags)
+    )
     summary = ppo_clip.train(args)
     env = ppo_clip.make_env(args.env_id)
     agent = ppo_clip.Agent(env.observation_space.shape[0], env.action_space, torch.Generator())
@@ -43,7 +46,9 @@ def test_reward_from_action(tmp_path):
     assert value[0.0] == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("flags", [{}, {"clip": False}, {"clip_vloss": True}, {"lr_schedule": "kl-adaptive"}, {"target_kl": 0.01}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"clip": False}, {"clip_vloss": True}, {"lr_schedule": "kl-adaptive"}, {"target_kl": 0.01}]
+)
 def test_reward_from_observation_and_action(tmp_path, flags):
     value, policy = trained(tmp_path, "RewardFromBoth", 12288, **flags)
     assert policy[-1.0].exp()[0] > 0.9 and policy[1.0].exp()[1] > 0.9

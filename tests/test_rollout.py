@@ -2,11 +2,12 @@
 
 import gymnasium as gym
 import numpy as np
-import ppo_clip
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from toy_envs import Counter
+
+import ppo_clip
 
 T, N, GAMMA = 23, 3, 0.9
 
@@ -92,7 +93,11 @@ def test_episode_returns_are_raw_and_whole():
     actors.collect(make_agent(actors), 7, torch.Generator())  # lengths 3, 4: two whole episodes in each environment
     first, second = 0 + 0.01 + 0.02, 4 * 1 + 0.01 + 0.02 + 0.03
     assert list(actors.returns) == pytest.approx([first] * N + [second] * N)
-    assert actors.statistics() == {"episodes": 6, "episodic_return": pytest.approx((first + second) / 2), "episodic_length": 3.5}
+    assert actors.statistics() == {
+        "episodes": 6,
+        "episodic_return": pytest.approx((first + second) / 2),
+        "episodic_length": 3.5,
+    }
 
 
 def test_normaliser_ignores_reset_rows():
@@ -108,7 +113,7 @@ def test_normaliser_ignores_reset_rows():
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_the_ratio_is_one_before_the_first_update(env_id):
-    """With statistics that have moved once already: acting, log-probabilities and the update see the same normaliser."""
+    """With statistics that have moved: acting, log-probabilities and update see the same normaliser."""
     actors = ppo_clip.Actors(ppo_clip.make_envs(ppo_clip.Args(env_id=env_id, num_envs=4)), 0.99)
     agent = ppo_clip.Agent(actors.obs_dim, actors.action_space, torch.Generator().manual_seed(0))
     actors.reset(seed=(1, 0))

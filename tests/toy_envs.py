@@ -6,8 +6,8 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
 
 class Counter(gym.Env):
-    """Observation (episode, step) / 100, which tells where a row comes from. Episode k has 3 + k % 4 steps and ends, by turns,
-    terminated, truncated, and both at once. The reward of a step is the observation's code before it."""
+    """Observation (episode, step) / 100, which tells where a row comes from. Episode k has 3 + k % 4 steps and ends, by
+    turns, terminated, truncated, and both at once. A step's reward is episode + step / 100, as seen before it."""
 
     observation_space = Box(-np.inf, np.inf, (2,))
     action_space = Box(-1, 1, (1,))

@@ -1,0 +1,133 @@
+"""Steps per second of ppo_clip.py on Hopper-v4, beside Stable-Baselines3's PPO and the bare environments, in one run:
+
+    python benchmark/speed.py
+
+All do the same work: N = 8, T = 256, 10 epochs of 64-sample minibatches, normalised observations and rewards. The
+contenders take turns, `--repeats` times, so that a noisy neighbour disturbs all of them; the table has the medians.
+Steady state is the rate over all iterations but the first five; start-up is what the process took besides them all.
+SB3 runs in a virtual environment of its own, made here on first use (.venv-sb3). Quiet cores are up to you.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SB3 = ["stable-baselines3==2.9.2", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "torch==2.13.0", "numpy==2.4.6"]
+
+BARE_SYNC = """
+import time, warnings, gymnasium as gym, numpy as np
+warnings.filterwarnings("ignore")
+envs = gym.vector.SyncVectorEnv([lambda: gym.make("Hopper-v4")] * 8)
+envs.reset(seed=0)
+actions = np.random.default_rng(0).normal(size=(4000, 8, 3)).clip(-1, 1).astype(np.float32)
+start = time.perf_counter()
+for action in actions:
+    envs.step(action)
+print(8 * len(actions) / (time.perf_counter() - start))
+"""
+BARE_ENVPOOL = """
+import time, os, envpool, numpy as np
+envs = envpool.make("Hopper-v4", env_type="gymnasium", num_envs=8, num_threads=len(os.sched_getaffinity(0)), seed=0)
+envs.reset()
+actions = np.random.default_rng(0).normal(size=(8000, 8, 3)).clip(-1, 1)
+start = time.perf_counter()
+for action in actions:
+    envs.step(action)
+print(8 * len(actions) / (time.perf_counter() - start))
+"""
+
+
+def run(command, cores):
+    """Run a command on these cores; returns its output, wall-clock seconds and peak memory in MB."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )  # fmt: skip
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command} failed:\n{process.stderr.read()}")
+    return out, time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def bare(code, cores):
+    out, _, _ = run([sys.executable, "-c", code], cores)
+    return {"sps": float(out)}
+
+
+def training(command, path, cores):
+    _, wall, memory = run(command, cores)
+    with open(path) as file:
+        table = [(int(row["global_step"]), float(row["sps"])) for row in csv.DictReader(file)]
+    steps = [b - a for (a, _), (b, _) in zip([(0, 0), *table], table)]
+    seconds = [n / sps for n, (_, sps) in zip(steps, table)]
+    return {"sps": sum(steps[5:]) / sum(seconds[5:]), "startup_s": wall - sum(seconds), "memory_mb": memory}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100_000)
+    args = parser.parse_args()
+    sb3_python = ROOT / ".venv-sb3/bin/python"
+    if not sb3_python.exists():
+        subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-sb3"], check=True)
+        subprocess.run([sb3_python, "-m", "pip", "install", "-q", *SB3], check=True)
+    one, two = {0}, {0, 1}
+    folder = Path(tempfile.mkdtemp())
+
+    def ours(name, cores, *flags):
+        path = folder / f"{name}-{time.time()}"
+        command = [sys.executable, ROOT / "ppo_clip.py", "--total-timesteps", args.steps, "--run-dir", path, *flags]
+        return training(command, path / "progress.csv", cores)
+
+    def sb3(cores):
+        path = folder / "sb3.csv"
+        command = [sb3_python, ROOT / "benchmark/sb3_ppo.py", "--total-timesteps", args.steps // 2, "--csv", path]
+        return training(command, path, cores)
+
+    contenders = {
+        "bare SyncVectorEnv, 1 core": lambda: bare(BARE_SYNC, one),
+        "Stable-Baselines3 PPO, 1 core": lambda: sb3(one),
+        "ppo_clip.py, sync, 1 core": lambda: ours("sync", one, "--compile"),
+        "ppo_clip.py, sync, 1 core, --no-compile": lambda: ours("eager", one, "--no-compile"),
+        "bare EnvPool, 2 cores": lambda: bare(BARE_ENVPOOL, two),
+        "ppo_clip.py, EnvPool, 2 cores": lambda: ours("envpool", two, "--compile", "--vectorization", "envpool"),
+    }
+    ours("warm-up", one, "--compile", "--total-timesteps", 4096)  # fills the compiler's cache
+    results = {name: [] for name in contenders}
+    for repeat in range(args.repeats):
+        for name, contender in contenders.items():
+            results[name].append(contender())
+            print(f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]['sps']:.0f} steps/s", file=sys.stderr)
+
+    baseline = statistics.median(r["sps"] for r in results["Stable-Baselines3 PPO, 1 core"])
+    model = next(
+        (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
+    )
+    print(f"\n{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(SB3)}\n")
+    print("| Hopper-v4 | steps/s (median) | range | x SB3 | start-up, s | peak memory, MB |")
+    print("| --- | ---: | --- | ---: | ---: | ---: |")
+    for name, rows in results.items():
+        sps = sorted(r["sps"] for r in rows)
+        middle = statistics.median(sps)
+        line = f"| {name} | {middle:.0f} | {sps[0]:.0f}-{sps[-1]:.0f} | {middle / baseline:.2f} |"
+        for key in ("startup_s", "memory_mb"):
+            line += f" {statistics.median(r[key] for r in rows):.0f} |" if key in rows[0] else " |"
+        print(line)
+    json.dump(results, open(ROOT / "benchmark/results/speed_ppo_clip.json", "w"), indent=1)
+
+
+if __name__ == "__main__":
+    main()
