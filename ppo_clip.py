@@ -15,8 +15,8 @@
 With the probability ratio r_t = pi(a_t|s_t) / pi_old(a_t|s_t) and an advantage estimate A_t, maximise by minibatch Adam
 
     L(theta) = mean[ min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t) ]      PPO eq. (7), notes §2.1
-             - vf_coef * mean[ 1/2 (V(s_t) - R_t)^2 ]                 R_t = A_t + V_old(s_t)
-             + ent_coef * mean[ H(pi(.|s_t)) ]                        PPO eq. (9)
+             - vf_coef * mean[ (V(s_t) - R_t)^2 ]                     PPO eq. (9), notes §2.3; R_t = A_t + V_old(s_t)
+             + ent_coef * mean[ H(pi(.|s_t)) ]
 
     A_t = delta_t + gamma lambda (1-done_t) A_{t+1}                   GAE (1506.02438) eq. (16)
     delta_t = r_t + gamma (1-terminated_t) V(s_{t+1}) - V(s_t)
@@ -144,7 +144,8 @@ class Args:
     ent_coef: float = 0.0
     """c2, weight of the entropy bonus (0 for MuJoCo in the paper)"""
     vf_coef: float = 0.5
-    """c1, weight of the value loss; policy and value share no parameters, only the gradient's norm"""
+    """c1, weight of the squared value error (not halved, as in the paper's eq. 9); policy and value share no
+    parameters, only the norm that --max-grad-norm clips"""
     max_grad_norm: float = 0.5
     """clip the gradient's global norm to this"""
     target_kl: float | None = None
@@ -312,7 +313,7 @@ def ppo_loss(agent, batch, coef, norm_adv, clip_vloss):
     if clip_vloss:
         change = (value - batch["value"]).clamp(-coef["clip_coef"], coef["clip_coef"])
         value_error = torch.maximum(value_error, (batch["value"] + change - batch["return"]).square())
-    value_loss = 0.5 * mean(value_error)
+    value_loss = mean(value_error)
 
     entropy = mean(agent.dist.entropy(policy))
     loss = policy_loss + coef["vf_coef"] * value_loss - coef["ent_coef"] * entropy
@@ -473,13 +474,13 @@ def train(args: Args) -> dict:
     log = RunLog(args, run_dir, global_step, save)
     last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
     wall_start = start_time - wall_time
+    wall_time = time.time() - wall_start
     cut = True  # a clean cut: the episodes in flight are truncated, all environments start afresh
     with contextlib.closing(actors.envs), log, stop_signals() as signals:
         while global_step < last_step:
-            iteration_start = time.time()
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
-            if args.lr_schedule == "linear":
-                learning_rate = args.learning_rate * remaining
+            if args.lr_schedule != "kl-adaptive":
+                learning_rate = args.learning_rate * (remaining if args.lr_schedule == "linear" else 1)
             clip_coef = (args.clip_coef if args.clip else math.inf) * (remaining if args.anneal_clip else 1)
             values = (learning_rate, clip_coef, args.ent_coef, args.vf_coef, args.max_grad_norm)
             for key, x in zip(COEFFICIENTS, values, strict=True):
@@ -494,6 +495,13 @@ def train(args: Args) -> dict:
                 raise RunFailed(f"an observation or reward is not finite, within {steps} steps of step {global_step}")
 
             # ---- advantages (line 4) ---------------------------------------------------------------------------------
+            # NOTE: acting and updating must see the same normalisers, or the ratio would not start at 1; so they take in a
+            # rollout only after it has been learned from. The first one is the exception: the untrained policy's last
+            # layer is so small that it acts the same on scaled and on raw observations, while a critic that once has been
+            # fitted to raw returns is slow for hundreds of thousands of steps.
+            first_rollout = global_step == 0
+            if first_rollout:
+                agent.update_normalisers(rollout)
             fill_batch(data, agent, rollout, args.gamma, args.gae_lambda)
 
             # ---- update: K epochs of minibatches on L(theta) (line 6) ------------------------------------------------
@@ -508,7 +516,8 @@ def train(args: Args) -> dict:
                 learning_rate = adapted_learning_rate(
                     learning_rate, kl, args.kl_lr_target, args.kl_lr_band, args.kl_lr_factor
                 )
-            agent.update_normalisers(rollout)  # only now: acting and updating saw the same ones
+            if not first_rollout:
+                agent.update_normalisers(rollout)
             global_step += steps
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------
@@ -516,10 +525,11 @@ def train(args: Args) -> dict:
             for key, x in (means | {"kl": kl}).items():
                 if not math.isfinite(x):
                     raise RunFailed(f"{key} is {x} at step {global_step}")
-            valid, wall_time = data["weight"] > 0, time.time() - wall_start
+            iteration_time, wall_time = time.time() - wall_start - wall_time, time.time() - wall_start
+            valid = data["weight"] > 0
             log.row(
-                global_step=global_step, wall_time=wall_time, sps=steps / (time.time() - iteration_start),
-                **actors.statistics(), **means, kl=kl, 
+                global_step=global_step, wall_time=wall_time, sps=steps / iteration_time,
+                **actors.statistics(), **means, kl=kl,
                 explained_variance=explained_variance(data["value"][valid], data["return"][valid]),
                 learning_rate=coef["learning_rate"].item(), clip_coef=clip_coef, epochs=epoch,
             )  # fmt: skip
@@ -758,7 +768,8 @@ class EnvPool:
 
 
 def save_checkpoint(state, path):
-    """Write torch.save(state) and its SHA-256 to a temporary file, flush, rename: `path` is whole at any moment."""
+    """Write torch.save(state) and its SHA-256 to a temporary file, flush, rename: `path` is whole at any moment.
+    Raises RunFailed, for a full disk say."""
     payload = io.BytesIO()
     torch.save(state, payload)
     temporary = Path(f"{path}.tmp")
@@ -768,9 +779,9 @@ def save_checkpoint(state, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from error
 
 
 def load_checkpoint(path, env_id=None):

@@ -33,7 +33,7 @@ def script(request):
 
 @pytest.fixture
 def cli(tmp_path):
-    """Start a script in an empty folder, as a user would; returns the finished process, or with wait=False the Popen."""
+    """Start a script in an empty folder, as a user would; returns the finished process or, wait=False, the Popen."""
 
     def start(name, *flags, wait=True, cwd=tmp_path, **kwargs):
         command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]

@@ -175,27 +175,29 @@ def test_rows_past_the_checkpoint_are_cut_off(script, tmp_path):
 
 
 def test_ten_sigkills_change_nothing(script, tmp_path, cli):
+    """Killed ten times, at random moments of starting up and of training, and resumed each time: the same final bits."""
     flags = [*small_for(script), "--total-timesteps", 40960, "--checkpoint-every", 4096]
     assert cli(script.__name__, *flags, "--run-dir", "whole").returncode == 0
-    chance, kills = random.Random(0), 0
-    first = cli(script.__name__, *flags, "--run-dir", "killed", wait=False)
-    process, seconds = first, 0.6
-    while kills < 10:
-        progress = tmp_path / "killed" / "checkpoint.pt"
-        while not progress.exists() and process.poll() is None:
-            time.sleep(0.01)
-        started = time.time()
-        while time.time() < started + 3 and not (tmp_path / "killed" / "args.json").exists():
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, seconds) + (2.0 if kills else 0))  # a resumed process first imports for some 2 s
+    chance, progress = random.Random(0), tmp_path / "killed" / "progress.csv"
+
+    def start(**kwargs):
+        begun = (tmp_path / "killed" / "checkpoint.pt").exists()
+        return cli(script.__name__, *(["--resume", "killed"] if begun else [*flags, "--run-dir", "killed"]), **kwargs)
+
+    for kill in range(10):
+        before = progress.stat().st_ino if progress.exists() else None
+        process = start(wait=False)
+        if kill % 3 == 0:
+            time.sleep(chance.uniform(0, 3))
+        else:  # the file is made anew when training begins
+            while not progress.exists() or progress.stat().st_ino == before:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.5))
+        assert process.poll() is None, "the run ended before its tenth kill"
         process.kill()
-        finished = process.wait() == 0
-        kills += not finished
-        if finished:
-            break
-        process = cli(script.__name__, "--resume", "killed", wait=False)
-    assert process.wait() == 0
-    assert kills >= 3
+        process.wait()
+    assert start().returncode == 0
     assert tensors(script, tmp_path / "killed") == tensors(script, tmp_path / "whole")
 
 

@@ -169,3 +169,15 @@ def test_actions_reach_the_environment_clipped_and_shifted():
     assert ppo_clip.env_action(output, box).tolist() == [[[pytest.approx(0.3)], [-1]], [[5], [0]]]
     assert ppo_clip.env_action(output, gym.spaces.Discrete(2, start=5)).tolist() == [5, 5]
     assert ppo_clip.env_action(output[0], gym.spaces.Discrete(2)) == 0
+
+
+def test_the_first_rollout_sets_the_scale_without_moving_the_policy():
+    """train() folds the first rollout into the normalisers before learning from it, and every other one after."""
+    actors = ppo_clip.Actors(ppo_clip.make_envs(ppo_clip.Args(env_id="Pendulum-v1", num_envs=4)), 0.99)
+    agent = ppo_clip.Agent(actors.obs_dim, actors.action_space, torch.Generator().manual_seed(0))
+    actors.reset(seed=(1, 0))
+    rollout = actors.collect(agent, 64, torch.Generator().manual_seed(0))
+    raw = agent.policy(agent.obs_rms.normalizer()(rollout["obs"]))
+    agent.update_normalisers(rollout)
+    scaled = agent.policy(agent.obs_rms.normalizer()(rollout["obs"]))
+    assert agent.dist.kl(raw, scaled).max() < 1e-3  # the head of an untrained policy is small
