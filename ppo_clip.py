@@ -847,7 +847,7 @@ class RunLog:
         if self.header:
             writer.writeheader()
             self.header = False
-        writer.writerow({key: f"{x:.9g}" if isinstance(x, float) else x for key, x in row.items()})
+        writer.writerow({key: f"{x:.7g}" if isinstance(x, float) else x for key, x in row.items()})
         for key, x in row.items():
             if key not in ("global_step", "wall_time"):
                 tag = f"charts/{self.CHARTS[key]}" if key in self.CHARTS else f"losses/{key}"

@@ -143,6 +143,22 @@ def test_flags_beat_the_checkpoint(script, tmp_path):
     assert int(rows(tmp_path / "a")[-1]["global_step"]) == 4096
 
 
+def test_schedules_and_switches_show_in_the_log(tmp_path):
+    import ppo_clip
+
+    def column(name, key, *flags):
+        run(ppo_clip, "--run-dir", tmp_path / name, "--stop-at-step", 512, *flags)
+        return [float(row[key]) for row in rows(tmp_path / name)]
+
+    remaining = [1 - step / 2048 for step in (0, 128, 256, 384)]
+    assert column("a", "learning_rate") == pytest.approx([3e-4 * x for x in remaining])
+    assert column("a", "clip_coef") == [0.2] * 4 and column("a", "epochs") == [2] * 4
+    assert column("b", "learning_rate", "--lr-schedule", "constant") == pytest.approx([3e-4] * 4)
+    assert column("c", "clip_coef", "--anneal-clip") == pytest.approx([0.2 * x for x in remaining])
+    assert column("d", "clipfrac", "--no-clip") == [0] * 4 and column("d", "clip_coef") == [float("inf")] * 4
+    assert column("e", "epochs", "--target-kl", 1e-9) == [1] * 4
+
+
 def test_learning_rate_flag_beats_the_adapted_rate(tmp_path):
     import ppo_clip
 

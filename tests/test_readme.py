@@ -1,0 +1,36 @@
+"""The README says what the repository does: its tables are those of the stored data, its flags and files exist."""
+
+import importlib.util
+import re
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_learning_table_is_made_from_the_stored_curves():
+    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmark/learning.py")
+    learning = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(learning)
+    assert learning.table() in README
+
+
+def test_the_two_commands():
+    commands = re.findall(r"^python3 -m venv .*$", README, flags=re.M)
+    assert len(commands) == 2
+    assert commands[0].endswith("ppo_clip.py --env-id Hopper-v4") and commands[1].endswith("-m pytest")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_in_a_command_exists(name):
+    source = (ROOT / f"{name}.py").read_text()
+    fields = set(re.findall(r"^    (\w+): .* = ", source, flags=re.M))
+    for line in re.findall(rf"^.*python {name}\.py.*$", README + source, flags=re.M):
+        for flag in re.findall(r"--([a-z][a-z-]+)", line.split("#")[0]):
+            assert flag.removeprefix("no-").replace("-", "_") in fields | {flag.replace("-", "_")} & fields, line
+
+
+def test_every_file_it_names_exists():
+    for path in re.findall(r"`((?:benchmark|tests)/[\w./]*|\w+\.(?:py|txt))`", README):
+        assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
