@@ -3,8 +3,8 @@
     python benchmark/learning.py run --workers 2     # what is missing in benchmark/results/ is run, one thread a run
     python benchmark/learning.py table               # from the stored curves alone
 
-One csv per run: ppo_clip.py's progress.csv as it is, and the same first columns from benchmark/sb3_ppo.py. SB3 needs the
-environment that benchmark/speed.py makes (.venv-sb3).
+One csv per run: ppo_clip.py's progress.csv as it is, and the same first columns from benchmark/sb3_ppo.py. SB3 needs
+the virtual environment that benchmark/speed.py makes (.venv-sb3).
 """
 
 import argparse

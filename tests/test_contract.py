@@ -191,7 +191,7 @@ def test_rows_past_the_checkpoint_are_cut_off(script, tmp_path):
 
 
 def test_ten_sigkills_change_nothing(script, tmp_path, cli):
-    """Killed ten times, at random moments of starting up and of training, and resumed each time: the same final bits."""
+    """Killed ten times, at random moments of start-up and training, and resumed each time: the same final bits."""
     flags = [*small_for(script), "--total-timesteps", 40960, "--checkpoint-every", 4096]
     assert cli(script.__name__, *flags, "--run-dir", "whole").returncode == 0
     chance, progress = random.Random(0), tmp_path / "killed" / "progress.csv"
