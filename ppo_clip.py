@@ -495,8 +495,8 @@ def train(args: Args) -> dict:
                 raise RunFailed(f"an observation or reward is not finite, within {steps} steps of step {global_step}")
 
             # ---- advantages (line 4) ---------------------------------------------------------------------------------
-            # NOTE: acting and updating must see the same normalisers, or the ratio would not start at 1; so a rollout is
-            # folded into them only after it has been learned from. The first is the exception: an untrained policy, its
+            # NOTE: acting and updating must see the same normalisers, or the ratio would not start at 1: so a rollout
+            # is folded into them only after it was learned from. The first is the exception: an untrained policy, its
             # last layer small, acts the same on raw and on scaled observations, while a critic that is first fitted to
             # raw returns (Hopper: a value loss of 14 instead of 0.1) is set back for tens of thousands of steps.
             first_rollout = global_step == 0
