@@ -909,13 +909,9 @@ def evaluate(args) -> dict:
     path = checkpoint_path(args.evaluate)
     checkpoint = load_checkpoint(path, args.env_id)
     torch.set_num_threads(1)
-    if args.capture_video and not find_spec("moviepy"):
-        raise UserError("--capture-video needs the package: pip install moviepy==2.2.1")
     env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(
-            env, str(path.parent / "videos"), lambda episode: True, name_prefix=f"step-{checkpoint['global_step']}"
-        )
+        env = recorded(env, path.parent / "videos", f"step-{checkpoint['global_step']}")
     agent = Agent(env.observation_space.shape[0], env.action_space, torch.Generator())
     agent.load_state_dict(checkpoint["agent"])
     actor, returns = agent.frozen_actor(), []
@@ -929,6 +925,20 @@ def evaluate(args) -> dict:
                 done, total = terminated or truncated, total + float(reward)
             returns.append(total)
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
+
+
+def recorded(env, folder, name):
+    """The environment, with a video of every episode written into the folder. Raises UserError if it cannot render."""
+    if not find_spec("moviepy"):
+        raise UserError("--capture-video needs the package: pip install moviepy==2.2.1")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            env.reset()
+            env.render()
+    except Exception as error:
+        hint = "for MuJoCo without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+        raise UserError(f"cannot render {env.spec.id}: {first_line(error)} ({hint})") from error
+    return gym.wrappers.RecordVideo(env, str(folder), lambda episode: True, name_prefix=name, disable_logger=True)
 
 
 # ---- arguments and entry ---------------------------------------------------------------------------------------------

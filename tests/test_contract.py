@@ -411,6 +411,12 @@ def test_capture_video(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     pytest.importorskip("moviepy", reason="optional package moviepy is not installed")
     assert ppo_clip.main(["--evaluate", str(tmp_path / "a"), "--capture-video", "--eval-episodes", "2"]) == 0
+    run(ppo_clip, "--env-id", "toy_envs:Unrenderable-v0", "--run-dir", tmp_path / "b")
+    capsys.readouterr()
+    assert ppo_clip.main(["--evaluate", str(tmp_path / "b"), "--capture-video"]) == 2
+    err = capsys.readouterr().err
+    assert "cannot render Unrenderable-v0: no display (" in err and err.count("\n") == 1
+    assert not (tmp_path / "b" / "videos").exists()
     videos = sorted((tmp_path / "a" / "videos").iterdir())
     assert [v.suffix for v in videos] == [".mp4", ".mp4"] and all(v.stat().st_size > 0 for v in videos)
 
