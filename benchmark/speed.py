@@ -85,6 +85,7 @@ def main():
         subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-sb3"], check=True)
         subprocess.run([sb3_python, "-m", "pip", "install", "-q", *SB3], check=True)
     one, two = {0}, {0, 1}
+    sixteen = ["--num-envs", 16, "--num-steps", 128]
     folder = Path(tempfile.mkdtemp())
 
     def ours(name, cores, *flags):
@@ -92,9 +93,17 @@ def main():
         command = [sys.executable, ROOT / "ppo_clip.py", "--total-timesteps", args.steps, "--run-dir", path, *flags]
         return training(command, path / "progress.csv", cores)
 
-    def sb3(cores):
+    def sb3(cores, *flags):
         path = folder / "sb3.csv"
-        command = [sb3_python, ROOT / "benchmark/sb3_ppo.py", "--total-timesteps", args.steps // 2, "--csv", path]
+        command = [
+            sb3_python,
+            ROOT / "benchmark/sb3_ppo.py",
+            "--total-timesteps",
+            args.steps // 2,
+            "--csv",
+            path,
+            *flags,
+        ]
         return training(command, path, cores)
 
     contenders = {
@@ -104,8 +113,12 @@ def main():
         "ppo_clip.py, sync, 1 core, --no-compile": lambda: ours("eager", one, "--no-compile"),
         "bare EnvPool, 2 cores": lambda: bare(BARE_ENVPOOL, two),
         "ppo_clip.py, EnvPool, 2 cores": lambda: ours("envpool", two, "--compile", "--vectorization", "envpool"),
+        "Stable-Baselines3 PPO, 1 core, 16 x 128": lambda: sb3(one, *sixteen),
+        "ppo_clip.py, EnvPool, 2 cores, 16 x 128": lambda: ours(
+            "envpool16", two, "--compile", "--vectorization", "envpool", *sixteen
+        ),
     }
-    ours("warm-up", one, "--compile", "--total-timesteps", 4096)  # fills the compiler's cache
+    ours("warm-up", one, "--compile", "--total-timesteps", 20_480)  # fills the compiler's cache
     results = {name: [] for name in contenders}
     for repeat in range(args.repeats):
         for name, contender in contenders.items():
