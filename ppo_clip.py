@@ -954,7 +954,8 @@ def parse_args(argv=None) -> Args:
     args = tyro.cli(Args, args=argv)
     source = args.resume or args.evaluate
     stored = load_checkpoint(source)["args"] if source else {"compile": args.total_timesteps >= 200_000}
-    default = Args(**{key: value for key, value in stored.items() if key not in THIS_PROCESS_ONLY})
+    kept = {f.name for f in dataclasses.fields(Args)} - set(THIS_PROCESS_ONLY)
+    default = Args(**{key: value for key, value in stored.items() if key in kept})
     return tyro.cli(Args, args=argv, default=default)
 
 
