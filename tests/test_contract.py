@@ -103,6 +103,20 @@ def test_train_twice_in_one_process_is_the_same_run(script, tmp_path):
     assert tensors(script, tmp_path / "a") != tensors(script, tmp_path / "c")
 
 
+def test_compiled_runs_of_different_shapes_in_one_process(tmp_path):
+    """Unguarded compiled code must still be the code of this run: other shapes and flags in between change nothing."""
+    import ppo_clip
+
+    flags = {"a": [], "b": ["--env-id", "Pendulum-v1"], "c": ["--no-norm-adv"], "d": []}
+    for name, more in flags.items():
+        assert run(ppo_clip, "--run-dir", tmp_path / name, *more, "--compile") == 0
+        assert run(ppo_clip, "--run-dir", tmp_path / f"{name}-eager", *more) == 0
+        ours, eager = (ppo_clip.load_checkpoint(tmp_path / x)["agent"] for x in (name, f"{name}-eager"))
+        for key, x in ours.items():
+            torch.testing.assert_close(x, eager[key], rtol=1e-3, atol=1e-4)
+    assert tensors(ppo_clip, tmp_path / "a") == tensors(ppo_clip, tmp_path / "d")
+
+
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 
