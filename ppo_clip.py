@@ -29,7 +29,7 @@ Where this file departs from the paper, and why:
   normalised per minibatch, the global gradient norm is clipped, the learning rate falls linearly to 0. The paper does
   not mention these; its results and everyone's since depend on them (Engstrom et al. 2020, Andrychowicz et al. 2021).
 - A time limit is not the end of the world: a truncated episode bootstraps from the value of its true last state.
-- N = 8 environments x T = 256 steps instead of 1 x 2048: the same batch, the same return, about twice the speed.
+- N = 8 environments x T = 256 steps instead of 1 x 2048: the same batch in fewer, larger calls.
 
 Commands:
     python ppo_clip.py --env-id Hopper-v4                                 # 1M steps, 2-3 minutes on one CPU core
