@@ -382,16 +382,9 @@ def test_vectorizations_train_and_resume(script, tmp_path, vectorization):
         pytest.importorskip("envpool", reason="optional package envpool is not installed")
     flags = ["--vectorization", vectorization]
     run(script, "--run-dir", tmp_path / "whole", *flags, small=small_for(script))
-    run(script, "--run-dir", tmp_path / "parts", "--stop-at-step", 1000, *flags, small=small_for(script))
-    cuts = [int(row["global_step"]) for row in rows(tmp_path / "whole")]
-    script.main(["--resume", str(tmp_path / "parts")])
-    if int(rows(tmp_path / "parts")[-1]["global_step"]) == cuts[-1]:
-        pass
-    straight, resumed = (tensors(script, tmp_path / name) for name in ("whole", "parts"))
-    if vectorization == "async":
-        assert straight == resumed
-    else:  # reset rows do not count as steps, so a stop need not fall on a scheduled checkpoint
-        assert straight[".global_step"] >= 2048 and resumed[".global_step"] >= 2048
+    run(script, "--run-dir", tmp_path / "parts", "--stop-at-step", 1024, *flags, small=small_for(script))  # on schedule
+    assert script.main(["--resume", str(tmp_path / "parts")]) == 0
+    assert tensors(script, tmp_path / "parts") == tensors(script, tmp_path / "whole")
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
