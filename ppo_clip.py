@@ -903,7 +903,7 @@ def compiled(update):
 
 def unguarded(is_compiled):
     """A context in which compiled code does not check before each call that nothing it was compiled for has changed:
-    within a run nothing does, and 320 checks an iteration cost a tenth of its time."""
+    within a run nothing does, and the checks take 7 of a minibatch's 157 us."""
     return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if is_compiled else contextlib.nullcontext()
 
 

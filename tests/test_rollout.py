@@ -172,7 +172,7 @@ def test_actions_reach_the_environment_clipped_and_shifted():
 
 
 def test_the_first_rollout_sets_the_scale_without_moving_the_policy():
-    """train() folds the first rollout into the normalisers before learning from it, and every other one after."""
+    """Why train() may scale the first rollout by itself: the untrained policy is the same on raw and scaled input."""
     actors = ppo_clip.Actors(ppo_clip.make_envs(ppo_clip.Args(env_id="Pendulum-v1", num_envs=4)), 0.99)
     agent = ppo_clip.Agent(actors.obs_dim, actors.action_space, torch.Generator().manual_seed(0))
     actors.reset(seed=(1, 0))
