@@ -326,15 +326,15 @@ def ppo_loss(agent, batch, coef, norm_adv, clip_vloss):
         return loss, torch.stack([policy_loss, value_loss, entropy, approx_kl, clipfrac])
 
 
-def minibatch_update(agent, adam, data, index, coef, metrics, norm_adv, clip_vloss):
-    """One gradient step on data[index] (M,): loss, gradient, norm clipping, Adam. Adds what to log to `metrics` (6,).
+def minibatch_update(loss_function, module, adam, data, index, coef, metrics, *options):
+    """One gradient step on data[index] (M,): loss, gradient, norm clipping, Adam. Adds what to log to `metrics`.
 
     In place, with static shapes, no random numbers and no host sync: the same function runs eager, compiled, or
-    captured in a CUDA graph. adam["params"] is the vector that the agent's parameters are views of.
+    captured in a CUDA graph. adam["params"] is the vector that the module's parameters are views of.
     """
     batch = {key: x[index] for key, x in data.items()}
-    loss, logged = ppo_loss(agent, batch, coef, norm_adv, clip_vloss)
-    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+    loss, logged = loss_function(module, batch, coef, *options)
+    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
     with torch.no_grad():
         norm = grad.norm()
         adam_step(adam, grad * (coef["max_grad_norm"] / (norm + 1e-6)).clamp(max=1), coef["learning_rate"])
@@ -445,7 +445,7 @@ def train(args: Args) -> dict:
     step = minibatch_update
 
     def update(index):  # (M,)
-        step(agent, adam, inputs, index, coef, metrics, args.norm_adv, args.clip_vloss)
+        step(ppo_loss, agent, adam, inputs, index, coef, metrics, args.norm_adv, args.clip_vloss)
 
     if args.compile:
         step = compiled(minibatch_update)
@@ -846,15 +846,16 @@ class RunLog:
         self.next_line = time.time() + 10
 
     def row(self, **row):
-        writer = csv.DictWriter(self.file, row)
+        """Log one iteration. A key "group/name" is TensorBoard's tag; progress.csv has the column "name"."""
+        writer = csv.DictWriter(self.file, [key.split("/")[-1] for key in row])
         if self.header:
             writer.writeheader()
             self.header = False
-        writer.writerow({key: f"{x:.7g}" if isinstance(x, float) else x for key, x in row.items()})
+        writer.writerow({k.split("/")[-1]: f"{x:.7g}" if isinstance(x, float) else x for k, x in row.items()})
         for key, x in row.items():
             if key not in ("global_step", "wall_time"):
                 tag = f"charts/{self.CHARTS[key]}" if key in self.CHARTS else f"losses/{key}"
-                self.board.add_scalar(tag, x, row["global_step"])
+                self.board.add_scalar(key if "/" in key else tag, x, row["global_step"])
         text = f"return {row['episodic_return']:.1f}, {row['sps']:.0f} steps/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(row["global_step"] - self.bar.n)
