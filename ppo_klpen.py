@@ -356,9 +356,9 @@ def adam_step(adam, grad, learning_rate, beta1=0.9, beta2=0.999, eps=1e-5):
     adam["params"] -= learning_rate * m_hat / (v_hat.sqrt() + eps)
 
 
-def flatten_parameters(module):
-    """Move a module's parameters into one vector (returned) and make each parameter a view of its part."""
-    params = list(module.parameters())
+def flatten_parameters(params):
+    """Move parameters into one vector (returned) and make each of them a view of its part."""
+    params = list(params)
     flat = torch.cat([p.detach().flatten() for p in params])
     for p, part in zip(params, flat.split([p.numel() for p in params])):
         p.data = part.view_as(p)
@@ -440,7 +440,7 @@ def train(args: Args) -> dict:
     # are tensors too: no schedule and no population's mutation makes the compiler start again.
     T, N = args.num_steps, args.num_envs
     B, M = T * N, T * N // args.num_minibatches
-    flat = flatten_parameters(agent)
+    flat = flatten_parameters(agent.parameters())
     adam = {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": flat.new_zeros(())}
     data = {key: x.to(device) for key, x in empty_batch(agent, actors.obs_dim, B).items()}
     coef = {key: torch.zeros((), device=device) for key in COEFFICIENTS}

@@ -1,50 +1,25 @@
 """The mathematics of the PPO scripts against brute force, hand-computed numbers and trusted implementations."""
 
+import functools
 import math
 
-import gymnasium as gym
+import batches
 import numpy as np
 import pytest
 import torch
+from batches import BOX, DISCRETE
 from torch import nn
 
 import ppo_clip
 
-torch.set_default_dtype(torch.float32)
-BOX, DISCRETE = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(4)
-
-
-def make_agent(space=BOX, obs_dim=5, seed=0):
-    return ppo_clip.Agent(obs_dim, space, torch.Generator().manual_seed(seed))
-
-
-def make_batch(agent, B=256, seed=0):
-    """A batch with everything that an update reads, from a policy that the agent's has since moved away from."""
-    rng = torch.Generator().manual_seed(seed)
-    data = ppo_clip.empty_batch(agent, 5, B)
-    data["obs"].normal_(generator=rng)
-    with torch.no_grad():
-        data["policy"].copy_(agent.policy(data["obs"]))
-        if agent.discrete:
-            data["action"].copy_(torch.randint(4, (B,), generator=rng))
-        else:
-            data["action"].normal_(generator=rng)
-        data["logprob"].copy_(agent.dist.log_prob(data["policy"], data["action"]))
-        data["value"].copy_(agent.value(data["obs"]))
-    data["advantage"].normal_(generator=rng)
-    data["return"].copy_(data["value"] + data["advantage"])
-    data["weight"].fill_(1)
-    return data
+make_agent = functools.partial(batches.make_agent, ppo_clip)
+make_batch = functools.partial(batches.make_batch, ppo_clip)
+make_adam = functools.partial(batches.make_adam, ppo_clip)
 
 
 def make_coef(learning_rate=3e-4, clip_coef=0.2, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5):
     values = (learning_rate, clip_coef, ent_coef, vf_coef, max_grad_norm)
     return {key: torch.tensor(x) for key, x in zip(ppo_clip.COEFFICIENTS, values, strict=True)}
-
-
-def make_adam(agent):
-    flat = ppo_clip.flatten_parameters(agent)
-    return {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": torch.zeros(())}
 
 
 # ---- generalised advantage estimation --------------------------------------------------------------------------------
@@ -170,7 +145,7 @@ def test_minibatch_means_average_to_the_full_batch():
     agent, coef, metrics = make_agent(), make_coef(learning_rate=0.0), torch.zeros(6)
     data, adam = make_batch(agent), make_adam(agent)
     for index in torch.randperm(256).view(-1, 64):
-        ppo_clip.minibatch_update(agent, adam, data, index, coef, metrics, False, False)
+        ppo_clip.minibatch_update(ppo_clip.ppo_loss, agent, adam, data, index, coef, metrics, False, False)
     torch.testing.assert_close((metrics / 4)[:5], ppo_clip.ppo_loss(agent, data, coef, False, False)[1])
 
 
@@ -218,7 +193,7 @@ def test_adam_and_gradient_clipping_equal_torch():
     metrics = torch.zeros(6)
     for i in range(50):
         index = torch.randperm(256, generator=torch.Generator().manual_seed(i))[:64]
-        ppo_clip.minibatch_update(agent, adam, data, index, coef, metrics, True, False)
+        ppo_clip.minibatch_update(ppo_clip.ppo_loss, agent, adam, data, index, coef, metrics, True, False)
         optimizer.zero_grad()
         ppo_clip.ppo_loss(twin, {k: x[index] for k, x in data.items()}, coef, True, False)[0].backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
@@ -241,7 +216,7 @@ def test_compiled_equals_eager(space):
             coef = make_coef(learning_rate=3e-4 * (1 - iteration / 3), clip_coef=0.2 - 0.05 * iteration)
             for _ in range(10):
                 for index in torch.randperm(2048, generator=rng).view(32, 64):
-                    step(agent, adam, data, index, coef, metrics, True, False)
+                    step(ppo_clip.ppo_loss, agent, adam, data, index, coef, metrics, True, False)
         results.append(adam["params"].clone())
     eager, compiled = results
     assert ((eager - compiled).norm() / eager.norm()).item() < 1e-5

@@ -1,11 +1,12 @@
-"""Stable-Baselines3's PPO on the same work as ppo_clip.py: the baseline of the README's learning and speed tables.
+"""Stable-Baselines3's PPO and sb3-contrib's TRPO on the same work as ours: the baselines of the README's tables.
 
 Run it in the virtual environment that benchmark/speed.py makes for it (.venv-sb3; the pins stand there):
 
-    python benchmark/sb3_ppo.py --env-id Hopper-v4 --seed 1 --csv progress.csv
+    python benchmark/sb3.py ppo --env-id Hopper-v4 --seed 1 --csv progress.csv
+    python benchmark/sb3.py trpo --env-id Hopper-v4 --seed 1 --csv progress.csv
 
 It writes `global_step,wall_time,sps,episodes,episodic_return,episodic_length` once per iteration: the first columns of
-ppo_clip.py's progress.csv, with the same meaning (mean raw return of the last 100 finished episodes).
+our progress.csv, with the same meaning (mean raw return of the last 100 finished episodes).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 torch.set_num_threads(1)
 
 import gymnasium as gym  # noqa: E402
+from sb3_contrib import TRPO  # noqa: E402
 from stable_baselines3 import PPO  # noqa: E402
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
 from stable_baselines3.common.monitor import Monitor  # noqa: E402
@@ -58,20 +60,28 @@ class Progress(BaseCallback):
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("algorithm", choices=("ppo", "trpo"))
     parser.add_argument("--env-id", default="Hopper-v4")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--total-timesteps", type=int, default=1_000_000)
     parser.add_argument("--num-envs", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=256)
+    parser.add_argument("--cg-iters", type=int, default=15, help="TRPO's conjugate-gradient iterations")
     parser.add_argument("--csv", required=True)
     args = parser.parse_args()
     envs = DummyVecEnv([lambda: Monitor(gym.make(args.env_id)) for _ in range(args.num_envs)])
     envs = VecNormalize(envs, gamma=0.99)
-    model = PPO(
-        "MlpPolicy", envs, n_steps=args.num_steps, batch_size=64, n_epochs=10, gamma=0.99, gae_lambda=0.95,
-        clip_range=0.2, ent_coef=0.0, vf_coef=0.5, max_grad_norm=0.5, learning_rate=lambda remaining: 3e-4 * remaining,
-        seed=args.seed, device="cpu",
-    )  # fmt: skip
+    same = {"n_steps": args.num_steps, "gamma": 0.99, "gae_lambda": 0.95, "seed": args.seed, "device": "cpu"}
+    if args.algorithm == "ppo":
+        model = PPO(
+            "MlpPolicy", envs, batch_size=64, n_epochs=10, clip_range=0.2, ent_coef=0.0, vf_coef=0.5, max_grad_norm=0.5,
+            learning_rate=lambda remaining: 3e-4 * remaining, **same,
+        )  # fmt: skip
+    else:
+        model = TRPO(
+            "MlpPolicy", envs, batch_size=128, n_critic_updates=20, learning_rate=1e-3, target_kl=0.01, cg_damping=0.1,
+            cg_max_steps=args.cg_iters, **same,
+        )  # fmt: skip
     model.learn(args.total_timesteps, callback=Progress(args.csv))
 
 
