@@ -293,7 +293,7 @@ METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm")
 def klpen_loss(agent, batch, coef, norm_adv):
     """The loss to minimise on one minibatch, -L(theta) of the module's docstring, and what to log of it.
 
-    batch: obs (M, D) · action (M, A) or (M,) · policy (M, P), logprob, advantage, return (M,) at the old parameters ·
+    batch: obs (M, D) · action (M, A) or (M,) · policy (M, P), logprob, advantage, return (M,) at old parameters ·
     weight (M,), 0 for rows that are no transitions (EnvPool's resets). coef: scalars. Returns loss (), metrics (4,).
     """
     weight = batch["weight"] / batch["weight"].sum().clamp(min=1)

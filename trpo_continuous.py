@@ -14,10 +14,10 @@
 
 With the probability ratio r_t = pi(a_t|s_t) / pi_old(a_t|s_t) and an advantage estimate A_t, maximise the surrogate
 
-    L(theta) = mean[ r_t A_t ]    subject to    mean[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= max_kl    TRPO eq. (14), notes §1.3
+    L(theta) = mean[ r_t A_t ]   subject to   mean[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= max_kl      TRPO eq. (14)
 
-by one natural-gradient step an iteration. L is replaced by its gradient g, the KL by 0.5 s'Fs with F its Hessian at
-pi_old, which is the Fisher matrix. Conjugate gradients solve F x = g from products F v alone; F is never formed. Then
+(notes §1.3) by one natural-gradient step an iteration. L is replaced by its gradient g, the KL by 0.5 s'Fs with F its
+Hessian at pi_old, the Fisher matrix. Conjugate gradients solve F x = g from products F v; F is never formed. Then
 
     constrained (form 1)    s = sqrt(2 max_kl / x'Fx) x      the optimum of g's under 0.5 s'Fs <= max_kl
     penalised   (form 2)    s = x / beta                     the optimum of g's - 0.5 beta s'Fs
@@ -39,8 +39,8 @@ because of that.
 Where this file departs from the paper, and why:
 - Advantages are GAE with a learned critic, which is fitted *after* the policy step by minibatch Adam on the
   lambda-returns; the paper used Monte Carlo returns and no critic.
-- F is damped (F + 0.1 I), as in the authors' code: in float32 and on one batch F is nearly singular. So the KL of a full
-  step is below max_kl by design.
+- F is damped (F + 0.1 I), as in the field's codes: on one batch, in float32, F is nearly singular. So the KL of a full
+  step lies below max_kl by design.
 - Observations and rewards are scaled by running statistics, layers are initialised orthogonally, advantages are
   normalised over the batch: what separates "TRPO+" from TRPO in Engstrom et al. 2020.
 - A time limit is not the end of the world: a truncated episode bootstraps from the value of its true last state.
@@ -324,8 +324,8 @@ def line_search(params, step, evaluate, coeff, iters):
     evaluate() -> (acceptable, report) at the present params, a boolean scalar and a tensor. Returns the number of the
     step taken (-1: none) and its report (of the old params: zeros).
     """
-    old, best, taken = params.clone(), params.clone(), torch.full((), -1.0, device=params.device)
-    best_report = 0.0
+    old, best, best_report = params.clone(), params.clone(), 0.0
+    taken = params.new_full((), -1)
     for j in range(iters):
         params.copy_(old + coeff**j * step)
         acceptable, report = evaluate()
@@ -338,14 +338,14 @@ def line_search(params, step, evaluate, coeff, iters):
     return taken, best_report
 
 
-POLICY_METRICS = ("kl", "kl_max", "improvement", "expected_improvement", "line_search_step", "step_norm")
-POLICY_METRICS += ("gradient_norm", "cg_residual", "beta_star")
+POLICY_METRICS = ("kl", "kl_max", "improvement", "expected_improvement", "improvement_ratio", "line_search_step")
+POLICY_METRICS += ("step_norm", "gradient_norm", "cg_residual", "beta_star")
 
 
 def policy_update(agent, params, data, max_kl, beta, args):
     """One TRPO step on the whole batch. `params`, the vector that the policy's parameters are views of, is moved in
-    place. Nothing waits for a GPU. Returns what POLICY_METRICS names (9,): KLs and improvements of the step taken (0 if
-    none was), its place in the line search (-1: none), and |F x - g| / |g|."""
+    place. Nothing waits for a GPU. Returns what POLICY_METRICS names (10,): KLs and improvements of the step taken (0
+    if none was), its place in the line search (-1: none), the conjugate gradients' |F x - g| / |g|, ..."""
     old_surrogate = surrogate_and_kl(agent, data)[0]
     g = flat_gradient(old_surrogate, agent.policy_parameters())
     k = args.fvp_subsample
@@ -374,8 +374,10 @@ def policy_update(agent, params, data, max_kl, beta, args):
 
         taken, report = line_search(params, step, evaluate, args.backtrack_coeff, args.backtrack_iters)
         moved = params - old
+        expected = g @ moved
+        ratio = report[2] / torch.where(taken < 0, 1.0, expected)
         cg_residual = residual.norm() / torch.where(g.any(), g.norm(), 1.0)
-        rest = torch.stack([g @ moved, taken, moved.norm(), g.norm(), cg_residual, beta_star])
+        rest = torch.stack([expected, ratio, taken, moved.norm(), g.norm(), cg_residual, beta_star])
         return torch.cat([report, rest])
 
 
@@ -464,7 +466,7 @@ def fill_batch(data, agent, rollout, gamma, gae_lambda):
         data[key].copy_(x.flatten(0, 1))
 
 
-# ==== TRPO Algorithm 1, as in its section 6 and App. C =================================================================
+# ==== TRPO, as in its section 6 =======================================================================================
 
 
 def train(args: Args) -> dict:
@@ -558,7 +560,8 @@ def train(args: Args) -> dict:
             fill_batch(data, agent, rollout, args.gamma, args.gae_lambda)
 
             valid, advantage = data["weight"] > 0, data["advantage"]
-            bound = 4 * advantage[valid].abs().max().item() * args.gamma / max((1 - args.gamma) ** 2, 1e-300)
+            horizon = 1 / (1 - args.gamma) if args.gamma < 1 else math.inf
+            bound = 4 * advantage[valid].abs().max().item() * args.gamma * horizon**2  # C of TRPO theorem 1
             if args.norm_adv:
                 mean, std = advantage[valid].mean(), advantage[valid].std(correction=0)
                 advantage.copy_((advantage - mean) / (std + 1e-8))
@@ -566,8 +569,8 @@ def train(args: Args) -> dict:
             # ---- policy: one natural-gradient step with a line search ------------------------------------------------
             report = policy_update(agent, policy_params, data, coef["max_kl"], coef["beta"], args).tolist()
             policy_step = dict(zip(POLICY_METRICS, report, strict=True))
-            if args.beta_schedule == "adaptive":
-                beta = adapted_beta(beta, policy_step["kl"], args.max_kl)
+            if args.beta_schedule == "adaptive":  # NOTE: a rejected step was too long, though its KL reads 0
+                beta = adapted_beta(beta, policy_step["kl"] or math.inf, args.max_kl)
 
             # ---- critic: passes of minibatches on the lambda-returns; the advantages above are those of the old one --
             metrics.zero_()

@@ -1,6 +1,7 @@
 """The contract of flags, run folders, exit statuses, checkpoints and resumption, held for every training script."""
 
 import csv
+import importlib
 import json
 import os
 import random
@@ -12,21 +13,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import TRAINING
 
-SMALL = [
-    "--env-id",
-    "CartPole-v1",
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "64",
-    "--num-minibatches",
-    "4",
-    "--update-epochs",
-    "2",
-]
-SMALL += ["--no-compile", "--total-timesteps", "2048", "--checkpoint-every", "512"]
-BOX = [*SMALL, "--env-id", "Pendulum-v1"]  # a later flag wins
+BASE = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4"]
+BASE += ["--no-compile", "--total-timesteps", "2048", "--checkpoint-every", "512"]
+SMALL = ["--env-id", "CartPole-v1", "--update-epochs", "2", *BASE]
+SMALL_TRPO = ["--env-id", "Pendulum-v1", "--vf-epochs", "2", *BASE]  # Box actions only; its epochs are the critic's
 
 
 def run(script, *flags, small=SMALL):
@@ -53,7 +45,7 @@ def tensors(script, path):
 
 
 def small_for(script):
-    return BOX if script.__name__ == "trpo_continuous" else SMALL
+    return SMALL_TRPO if script.__name__ == "trpo_continuous" else SMALL
 
 
 def rows(path):
@@ -91,7 +83,7 @@ def test_default_run_folder(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(script, small=small_for(script)) == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    env_id = "Pendulum-v1" if small_for(script) is BOX else "CartPole-v1"
+    env_id = "Pendulum-v1" if small_for(script) is SMALL_TRPO else "CartPole-v1"
     assert folder.name.startswith(f"{env_id}__{script.__name__}__1__20")
 
 
@@ -259,7 +251,6 @@ MISTAKES = [
     (["--env-id", "no_such_module:Thing-v0"], "no_such_module"),
     (["--env-id", "toy_envs:TupleActions-v0"], "action space"),
     (["--num-minibatches", "5"], "does not divide"),
-    (["--num-minibatches", "128"], "at least 2"),
     (["--num-envs", "0"], "num_envs must be positive"),
     (["--total-timesteps", "100"], "shorter than one iteration"),
     (["--gamma", "1.5"], "gamma must lie in"),
@@ -277,6 +268,14 @@ def test_a_mistake_is_one_line(script, flags, message, tmp_path, monkeypatch, ca
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and err.startswith(f"{script.__name__}.py: ") and not out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("ppo")])
+def test_advantages_of_single_samples_cannot_be_normalised(name, tmp_path, capsys):
+    script = importlib.import_module(name)
+    assert run(script, "--num-minibatches", 128, "--run-dir", tmp_path / "a") == 2
+    assert "at least 2" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert run(script, "--num-minibatches", 128, "--no-norm-adv", "--run-dir", tmp_path / "a") == 0
 
 
 def test_a_flag_that_does_not_exist(script, tmp_path, monkeypatch, capsys):
@@ -371,9 +370,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(script, tmp_path, cli):
 
 @pytest.mark.parametrize("env", ["DictObs", "OffsetActions", "BoxTarget", "Endless"])
 def test_spaces(script, tmp_path, env):
-    if script.__name__ == "trpo_continuous" and env != "BoxTarget":
-        pytest.skip("trpo_continuous.py does Box actions only")
-    assert run(script, "--env-id", f"toy_envs:{env}-v0", "--run-dir", tmp_path / "a") == 0
+    discrete_refused = script.__name__ == "trpo_continuous" and env != "BoxTarget"
+    status = run(script, "--env-id", f"toy_envs:{env}-v0", "--run-dir", tmp_path / "a", small=small_for(script))
+    assert status == (2 if discrete_refused else 0)
 
 
 @pytest.mark.parametrize("vectorization", ["async", "envpool"])

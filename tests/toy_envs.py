@@ -114,6 +114,10 @@ class Endless(Toy):
         return self.observe(), 1.0, False, self.t == 10, {}
 
 
+class EndlessBox(Endless):
+    action_space = Box(-1, 1, (1,))
+
+
 class OffsetActions(RewardFromAction):
     action_space = Discrete(2, start=5)
 
