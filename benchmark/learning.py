@@ -1,10 +1,10 @@
-"""The README's learning table: ppo_clip.py beside Stable-Baselines3's PPO, seeds 1-5, 1M steps of the v4 environments.
+"""The README's learning tables: our scripts beside Stable-Baselines3 and sb3-contrib, 1M steps of the v4 environments.
 
     python benchmark/learning.py run --workers 2     # what is missing in benchmark/results/ is run, one thread a run
     python benchmark/learning.py table               # from the stored curves alone
 
-One csv per run: ppo_clip.py's progress.csv as it is, and the same first columns from benchmark/sb3_ppo.py. SB3 needs
-the virtual environment that benchmark/speed.py makes (.venv-sb3).
+One csv per run: our progress.csv as it is, and the same first columns from benchmark/sb3.py. The baselines need the
+virtual environment that benchmark/speed.py makes (.venv-sb3).
 """
 
 import argparse
@@ -19,30 +19,40 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results"
-SEEDS = (1, 2, 3, 4, 5)
 MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
-STUDIES = {  # name: environments, the script's flags (None: SB3)
-    "ppo_clip": (MUJOCO, []),
-    "sb3_ppo": (MUJOCO, None),
-    "ppo_clip_one_env": (("Hopper-v4",), ["--num-envs", 1, "--num-steps", 2048]),
-    "ppo_clip_cartpole": (("CartPole-v1",), ["--total-timesteps", 200_000]),
+HOPPER = ("Hopper-v4",)
+STUDIES = {  # name: command, environments, number of seeds, flags
+    "ppo_clip": ("ppo_clip.py", MUJOCO, 5, []),
+    "sb3_ppo": ("sb3.py ppo", MUJOCO, 5, []),
+    "ppo_clip_one_env": ("ppo_clip.py", HOPPER, 5, ["--num-envs", 1, "--num-steps", 2048]),
+    "ppo_clip_cartpole": ("ppo_clip.py", ("CartPole-v1",), 5, ["--total-timesteps", 200_000]),
+    "ppo_klpen": ("ppo_klpen.py", MUJOCO, 5, []),
+    "ppo_klpen_fixed_beta": ("ppo_klpen.py", HOPPER, 3, ["--beta-schedule", "fixed"]),
+    "ppo_klpen_constant_lr": ("ppo_klpen.py", HOPPER, 3, ["--lr-schedule", "constant"]),
+    "trpo": ("trpo_continuous.py", MUJOCO, 5, []),
+    "sb3_trpo": ("sb3.py trpo", HOPPER, 5, []),
+    "trpo_max_kl": ("trpo_continuous.py", HOPPER, 3, ["--kl-constraint", "max", "--max-kl", 0.1]),
+    "trpo_penalized": ("trpo_continuous.py", HOPPER, 3, ["--form", "penalized", "--beta-schedule", "adaptive"]),
 }
 
 
-def train(study, env_id, seed, flags):
+def train(study, env_id, seed):
+    script, _, _, flags = STUDIES[study]
     target = RESULTS / study / f"{env_id}__{seed}.csv"
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     where = ROOT / "runs" / "learning" / f"{study}__{env_id}__{seed}"
-    if flags is None:
+    new = ["--env-id", env_id, "--seed", seed, *flags]
+    if script.startswith("sb3"):
         where.mkdir(parents=True, exist_ok=True)
-        command = [ROOT / ".venv-sb3/bin/python", "-W", "ignore", ROOT / "benchmark/sb3_ppo.py", "--env-id", env_id]
-        command += ["--seed", seed, "--csv", where / "progress.csv"]
+        program, algorithm = script.split()
+        command = [ROOT / ".venv-sb3/bin/python", "-W", "ignore", ROOT / "benchmark" / program, algorithm, *new]
+        command += ["--csv", where / "progress.csv"]
     elif (where / "checkpoint.pt").exists():
-        command = [sys.executable, ROOT / "ppo_clip.py", "--resume", where]
+        command = [sys.executable, ROOT / script, "--resume", where]
     else:
-        command = [sys.executable, ROOT / "ppo_clip.py", "--env-id", env_id, "--seed", seed, "--run-dir", where, *flags]
+        command = [sys.executable, ROOT / script, *new, "--run-dir", where]
     print(" ".join(map(str, command)), flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([str(x) for x in command], env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -59,9 +69,9 @@ def final_returns(study, env_id):
 
 
 def table():
-    lines = ["| environment | run | mean ± std | seeds 1-5 |", "| --- | --- | ---: | --- |"]
+    lines = ["| environment | run | mean ± std | seed 1, 2, ... |", "| --- | --- | ---: | --- |"]
     for env_id in (*MUJOCO, "CartPole-v1"):
-        for study, (env_ids, _) in STUDIES.items():
+        for study, (_, env_ids, _, _) in STUDIES.items():
             finals = final_returns(study, env_id)
             if env_id in env_ids and finals:
                 values = list(finals.values())
@@ -77,7 +87,7 @@ def main():
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     if args.action == "run":
-        jobs = [(s, e, seed, flags) for s, (envs, flags) in STUDIES.items() for e in envs for seed in SEEDS]
+        jobs = [(s, e, k + 1) for s, (_, envs, n, _) in STUDIES.items() for e in envs for k in range(n)]
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda job: train(*job), jobs))
     print(table())

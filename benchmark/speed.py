@@ -1,11 +1,13 @@
-"""Steps per second of ppo_clip.py on Hopper-v4, beside Stable-Baselines3's PPO and the bare environments, in one run:
+"""Steps per second on Hopper-v4 beside Stable-Baselines3, sb3-contrib and the bare environments, in one run:
 
-    python benchmark/speed.py
+    python benchmark/speed.py ppo      # ppo_clip.py and ppo_klpen.py beside SB3's PPO
+    python benchmark/speed.py trpo     # trpo_continuous.py beside sb3-contrib's TRPO
 
-All do the same work: N = 8, T = 256, 10 epochs of 64-sample minibatches, normalised observations and rewards. The
-contenders take turns, `--repeats` times, so that a noisy neighbour disturbs all of them; the table has the medians.
+All do the same work: N = 8, T = 256, normalised observations and rewards; PPO 10 epochs of 64-sample minibatches;
+TRPO 10 conjugate-gradient iterations on all states and 20 critic epochs of 128-sample minibatches. The contenders take
+turns, `--repeats` times, so that a noisy neighbour disturbs all of them; the table has the medians.
 Steady state is the rate over all iterations but the first five; start-up is what the process took besides them all.
-SB3 runs in a virtual environment of its own, made here on first use (.venv-sb3). Quiet cores are up to you.
+The baselines run in a virtual environment of their own, made here on first use (.venv-sb3). Quiet cores are up to you.
 """
 
 import argparse
@@ -21,7 +23,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SB3 = ["stable-baselines3==2.9.2", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "torch==2.13.0", "numpy==2.4.6"]
+SB3 = [
+    "stable-baselines3==2.9.2",
+    "sb3-contrib==2.9.2",
+    "gymnasium[mujoco]==1.4.0",
+    "mujoco==4.0.0",
+    "torch==2.13.0",
+    "numpy==2.4.6",
+]
 
 BARE_SYNC = """
 import time, warnings, gymnasium as gym, numpy as np
@@ -75,8 +84,53 @@ def training(command, path, cores):
     return {"sps": sum(steps[5:]) / sum(seconds[5:]), "startup_s": wall - sum(seconds), "memory_mb": memory}
 
 
+class Contenders:
+    """Functions that measure one contender each; `steps` of training, half as many for the slower baselines."""
+
+    def __init__(self, steps):
+        self.steps, self.folder = steps, Path(tempfile.mkdtemp())
+
+    def ours(self, script, cores, *flags):
+        path = self.folder / f"{script}-{time.time()}"
+        command = [sys.executable, ROOT / script, "--total-timesteps", self.steps, "--run-dir", path, *flags]
+        return training(command, path / "progress.csv", cores)
+
+    def sb3(self, algorithm, *flags):
+        path = self.folder / "sb3.csv"
+        command = [ROOT / ".venv-sb3/bin/python", "-W", "ignore", ROOT / "benchmark/sb3.py", algorithm, *flags]
+        return training([*command, "--total-timesteps", self.steps // 2, "--csv", path], path, {0})
+
+    def ppo(self):
+        one, two, envpool = {0}, {0, 1}, ["--compile", "--vectorization", "envpool"]
+        sixteen = ["--num-envs", 16, "--num-steps", 128]
+        return {
+            "Stable-Baselines3 PPO, 1 core": lambda: self.sb3("ppo"),
+            "bare SyncVectorEnv, 1 core": lambda: bare(BARE_SYNC, one),
+            "ppo_clip.py, sync, 1 core": lambda: self.ours("ppo_clip.py", one, "--compile"),
+            "ppo_klpen.py, sync, 1 core": lambda: self.ours("ppo_klpen.py", one, "--compile"),
+            "ppo_clip.py, sync, 1 core, --no-compile": lambda: self.ours("ppo_clip.py", one, "--no-compile"),
+            "bare EnvPool, 2 cores": lambda: bare(BARE_ENVPOOL, two),
+            "ppo_clip.py, EnvPool, 2 cores": lambda: self.ours("ppo_clip.py", two, *envpool),
+            "Stable-Baselines3 PPO, 1 core, 16 x 128": lambda: self.sb3("ppo", *sixteen),
+            "ppo_clip.py, EnvPool, 2 cores, 16 x 128": lambda: self.ours("ppo_clip.py", two, *envpool, *sixteen),
+        }
+
+    def trpo(self):
+        one, two, script = {0}, {0, 1}, "trpo_continuous.py"
+        same = ["--cg-iters", 10, "--fvp-subsample", 1, "--vf-epochs", 20, "--num-minibatches", 16]
+        envpool = [*same, "--compile", "--vectorization", "envpool"]
+        return {
+            "sb3-contrib TRPO, 1 core": lambda: self.sb3("trpo", "--cg-iters", 10),
+            "bare SyncVectorEnv, 1 core": lambda: bare(BARE_SYNC, one),
+            "trpo_continuous.py, sync, 1 core": lambda: self.ours(script, one, *same, "--compile"),
+            "trpo_continuous.py, sync, 1 core, --no-compile": lambda: self.ours(script, one, *same, "--no-compile"),
+            "trpo_continuous.py, EnvPool, 2 cores": lambda: self.ours(script, two, *envpool),
+        }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=("ppo", "trpo"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100_000)
     args = parser.parse_args()
@@ -84,53 +138,23 @@ def main():
     if not sb3_python.exists():
         subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-sb3"], check=True)
         subprocess.run([sb3_python, "-m", "pip", "install", "-q", *SB3], check=True)
-    one, two = {0}, {0, 1}
-    sixteen = ["--num-envs", 16, "--num-steps", 128]
-    folder = Path(tempfile.mkdtemp())
-
-    def ours(name, cores, *flags):
-        path = folder / f"{name}-{time.time()}"
-        command = [sys.executable, ROOT / "ppo_clip.py", "--total-timesteps", args.steps, "--run-dir", path, *flags]
-        return training(command, path / "progress.csv", cores)
-
-    def sb3(cores, *flags):
-        path = folder / "sb3.csv"
-        command = [
-            sb3_python,
-            ROOT / "benchmark/sb3_ppo.py",
-            "--total-timesteps",
-            args.steps // 2,
-            "--csv",
-            path,
-            *flags,
-        ]
-        return training(command, path, cores)
-
-    contenders = {
-        "bare SyncVectorEnv, 1 core": lambda: bare(BARE_SYNC, one),
-        "Stable-Baselines3 PPO, 1 core": lambda: sb3(one),
-        "ppo_clip.py, sync, 1 core": lambda: ours("sync", one, "--compile"),
-        "ppo_clip.py, sync, 1 core, --no-compile": lambda: ours("eager", one, "--no-compile"),
-        "bare EnvPool, 2 cores": lambda: bare(BARE_ENVPOOL, two),
-        "ppo_clip.py, EnvPool, 2 cores": lambda: ours("envpool", two, "--compile", "--vectorization", "envpool"),
-        "Stable-Baselines3 PPO, 1 core, 16 x 128": lambda: sb3(one, *sixteen),
-        "ppo_clip.py, EnvPool, 2 cores, 16 x 128": lambda: ours(
-            "envpool16", two, "--compile", "--vectorization", "envpool", *sixteen
-        ),
-    }
-    ours("warm-up", one, "--compile", "--total-timesteps", 20_480)  # fills the compiler's cache
+    measure = Contenders(args.steps)
+    contenders = getattr(measure, args.group)()
+    for script in {"ppo": ("ppo_clip.py", "ppo_klpen.py"), "trpo": ("trpo_continuous.py",)}[args.group]:
+        measure.ours(script, {0}, "--compile", "--total-timesteps", 20_480)  # fills the compiler's cache
     results = {name: [] for name in contenders}
     for repeat in range(args.repeats):
         for name, contender in contenders.items():
             results[name].append(contender())
             print(f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]['sps']:.0f} steps/s", file=sys.stderr)
 
-    baseline = statistics.median(r["sps"] for r in results["Stable-Baselines3 PPO, 1 core"])
+    baseline_name, baseline = next(iter(results.items()))
+    baseline = statistics.median(r["sps"] for r in baseline)
     model = next(
         (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
     )
     print(f"\n{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(SB3)}\n")
-    print("| Hopper-v4 | steps/s (median) | range | x SB3 | start-up, s | peak memory, MB |")
+    print(f"| Hopper-v4 | steps/s (median) | range | x {baseline_name.split()[0]} | start-up, s | peak memory, MB |")
     print("| --- | ---: | --- | ---: | ---: | ---: |")
     for name, rows in results.items():
         sps = sorted(r["sps"] for r in rows)
@@ -139,7 +163,7 @@ def main():
         for key in ("startup_s", "memory_mb"):
             line += f" {statistics.median(r[key] for r in rows):.0f} |" if key in rows[0] else " |"
         print(line)
-    json.dump(results, open(ROOT / "benchmark/results/speed_ppo_clip.json", "w"), indent=1)
+    json.dump(results, open(ROOT / f"benchmark/results/speed_{args.group}.json", "w"), indent=1)
 
 
 if __name__ == "__main__":
