@@ -422,7 +422,8 @@ def fill_batch(data, agent, rollout, gamma, gae_lambda):
 
 def train(args: Args) -> dict:
     """Train by PPO Algorithm 1. Returns a summary: global_step, episodic_return (mean raw return of the last 100
-    episodes), episodes, checkpoint (its path), signal (the one that ended the run, or None).
+    episodes), episodes, returns (of those that ended in this call, the last 100), checkpoint (its path), signal (the
+    one that ended the run, or None).
 
     Raises UserError before anything is written, RunFailed if a loss, gradient, reward or observation is not finite.
     """
@@ -465,13 +466,16 @@ def train(args: Args) -> dict:
         agent.load_state_dict(checkpoint["agent"])
         for key in ("m", "v", "step"):
             adam[key].copy_(checkpoint["adam"][key])
-        rng.set_state(checkpoint["rng"])
+        if args.seed == checkpoint["args"]["seed"]:  # else another seed's stream of random numbers begins here
+            rng.set_state(checkpoint["rng"])
         actors.load_state_dict(checkpoint["actors"])
         global_step, wall_time = checkpoint["global_step"], checkpoint["wall_time"]
         if args.learning_rate == checkpoint["args"]["learning_rate"]:  # else the flag beats the adapted rate
             learning_rate = checkpoint["learning_rate"]
         if args.beta_schedule == "adaptive" and args.beta_init == checkpoint["args"]["beta_init"]:  # likewise
             beta = checkpoint["beta"]
+
+    episodes_before = actors.episodes
 
     def save():
         state = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step, "wall_time": wall_time}
@@ -551,6 +555,7 @@ def train(args: Args) -> dict:
         "global_step": global_step,
         "episodic_return": actors.statistics()["episodic_return"],
         "episodes": actors.episodes,
+        "returns": list(actors.returns)[max(0, len(actors.returns) - (actors.episodes - episodes_before)) :],
         "checkpoint": str(run_dir / "checkpoint.pt"),
         "signal": signals[0] if signals else None,
     }
@@ -1007,7 +1012,7 @@ def main(argv=None) -> int:
     except (RunFailed, OSError) as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(summary))
+    print(json.dumps({key: x for key, x in summary.items() if key != "returns"}))
     return 128 + summary["signal"] if summary["signal"] else 0
 
 

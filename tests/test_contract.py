@@ -133,6 +133,29 @@ def test_resume_into_another_folder(script, tmp_path):
     assert int(rows(tmp_path / "b")[0]["global_step"]) == 1152
 
 
+def test_a_new_seed_begins_a_stream_of_its_own(script, tmp_path):
+    """A population's clone must not repeat its donor's noise: --seed with --resume changes it."""
+    run(script, "--run-dir", tmp_path / "a", "--stop-at-step", 1024, small=small_for(script))
+    for name, seed in (("same", 1), ("b", 7), ("c", 7), ("d", 8)):
+        flags = ["--resume", tmp_path / "a" / "checkpoint.pt", "--run-dir", tmp_path / name, "--seed", seed]
+        assert script.main(list(map(str, flags))) == 0
+    assert tensors(script, tmp_path / "b") == tensors(script, tmp_path / "c")
+    streams = [tensors(script, tmp_path / name)[".rng"] for name in ("same", "b", "d")]
+    assert streams[0] != streams[1] != streams[2] != streams[0]
+
+
+def test_the_summary_holds_the_returns_of_this_call_only(script, tmp_path):
+    first = script.train(script.parse_args([*small_for(script), "--run-dir", str(tmp_path), "--stop-at-step", "1024"]))
+    assert len(first["returns"]) == min(first["episodes"], 100)
+    assert first["episodic_return"] == pytest.approx(np.mean(first["returns"]))
+    second = script.train(script.parse_args(["--resume", str(tmp_path)]))
+    new = second["episodes"] - first["episodes"]
+    assert len(second["returns"]) == new < 100 and new > 0
+    window = [*first["returns"], *second["returns"]][-100:]
+    assert second["episodic_return"] == pytest.approx(np.mean(window))
+    assert script.train(script.parse_args(["--resume", str(tmp_path)]))["returns"] == []
+
+
 def test_resume_with_nothing_left_to_do(script, tmp_path):
     run(script, "--run-dir", tmp_path / "a", small=small_for(script))
     before = tensors(script, tmp_path / "a")
