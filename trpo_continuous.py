@@ -48,7 +48,7 @@ Where this file departs from the paper, and why:
 
 Commands:
     python trpo_continuous.py --env-id Hopper-v4                          # 1M steps, 2-3 minutes on one CPU core
-    python trpo_continuous.py --env-id Hopper-v4 --kl-constraint max --max-kl 0.1
+    python trpo_continuous.py --env-id Hopper-v4 --kl-constraint max --max-kl 0.2
     python trpo_continuous.py --env-id Hopper-v4 --form penalized --beta-schedule adaptive
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__20260101-120000
     python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__20260101-120000 --eval-episodes 20
@@ -136,8 +136,9 @@ class Args:
     """constrained: notes' form 1, the KL under --max-kl. penalized: form 2, surrogate minus --beta times the KL"""
     kl_constraint: Literal["mean", "max"] = "mean"
     """constrained: bound the mean of KL(old||new) over the batch's states, or its maximum (a heuristic)"""
-    max_kl: float = 0.01
-    """constrained: delta, the bound (TRPO paper). penalized: what an adaptive beta steers for"""
+    max_kl: float = 0.02
+    """constrained: delta, the bound. penalized: what an adaptive beta steers for. The paper's 0.01 belongs to batches
+    of 50 000 steps and more; with 2048 it is slow (Hopper, seeds 11-13: 2130 on average, 2636 with 0.02)"""
     beta: float = 1.0
     """penalized: weight of the KL; its first value where it is adaptive"""
     beta_schedule: Literal["fixed", "adaptive"] = "fixed"

@@ -31,7 +31,7 @@ STUDIES = {  # name: command, environments, number of seeds, flags
     "ppo_klpen_constant_lr": ("ppo_klpen.py", HOPPER, 3, ["--lr-schedule", "constant"]),
     "trpo": ("trpo_continuous.py", MUJOCO, 5, []),
     "sb3_trpo": ("sb3.py trpo", HOPPER, 5, []),
-    "trpo_max_kl": ("trpo_continuous.py", HOPPER, 3, ["--kl-constraint", "max", "--max-kl", 0.1]),
+    "trpo_max_kl": ("trpo_continuous.py", HOPPER, 3, ["--kl-constraint", "max", "--max-kl", 0.2]),
     "trpo_penalized": ("trpo_continuous.py", HOPPER, 3, ["--form", "penalized", "--beta-schedule", "adaptive"]),
 }
 
