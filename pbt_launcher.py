@@ -390,9 +390,13 @@ class LocalSlot:
         os.set_blocking(self.process.stdout.fileno(), False)
         self.answer = b""
 
-    def start(self, argv):
+    def available(self):
+        """Can a leg start here now? A process that died is made anew."""
         if self.process.poll() is not None:
             self.start_process()
+        return True
+
+    def start(self, argv):
         with contextlib.suppress(BrokenPipeError):  # dead already: poll will say so
             self.process.stdin.write(json.dumps(argv).encode() + b"\n")
             self.process.stdin.flush()
@@ -417,14 +421,23 @@ class RaySlot:
     """An actor on a Ray cluster that runs legs; the same interface. Lost with its worker or node, and made anew."""
 
     def __init__(self, index, args):
-        self.args, self.ray = args, sys.modules["ray"]
-        self.actor = None
+        self.args, self.ray, self.actor = args, sys.modules["ray"], None
+
+    def available(self):
+        """Can a leg start here now? Not while the cluster has no room for this slot's actor."""
+        if self.actor is None:
+            options = {"num_cpus": self.args.num_cpus, "num_gpus": self.args.num_gpus}
+            self.actor = self.ray.remote(**options)(RayWorker).remote(str(Path(self.args.script).resolve()))
+            self.made = self.actor.__ray_ready__.remote()
+        if not self.ray.wait([self.made], timeout=0)[0]:
+            return False
+        try:
+            self.ray.get(self.made)
+        except self.ray.exceptions.RayError:
+            self.actor = None
+        return self.actor is not None
 
     def start(self, argv):
-        if self.actor is None:
-            script = str(Path(self.args.script).resolve())
-            options = {"num_cpus": self.args.num_cpus, "num_gpus": self.args.num_gpus}
-            self.actor = self.ray.remote(**options)(RayWorker).remote(script)
         self.future = self.actor.leg.remote(argv)
 
     def poll(self):
@@ -666,7 +679,7 @@ class Launcher:
         handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             while not self.stop and not all(map(self.finished, self.population.members.values())):
-                free = [i for i in range(len(self.slots)) if i not in self.running]
+                free = [i for i, slot in enumerate(self.slots) if i not in self.running and slot.available()]
                 for slot, member in zip(free, self.ready(), strict=False):
                     if self.disk_is_full():
                         self.say("the disk is nearly full: waiting for space")

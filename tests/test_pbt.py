@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -175,7 +176,7 @@ def test_a_population_to_its_end(tmp_path, mode):
         [c for e in log if e["event"] == "decide" for c in e["copies"]],
     )
     assert len([e for e in log if e["event"] == "member"]) == 4
-    assert summary["score"] == pytest.approx(max(e["score"] for e in legs)) and summary["score"] > 1
+    assert summary["score"] == pytest.approx(max(e["score"] for e in legs))
     assert copies and all(c["donor"] != c["member"] for c in copies)
     seeds = [c["seed"] for c in copies] + [1, 2, 3, 4]
     assert len(set(seeds)) == len(seeds)  # a clone never repeats anybody's noise
@@ -421,8 +422,8 @@ def test_after_a_copy_the_optimiser_has_the_new_learning_rate(tmp_path):
     assert len(copies) == 3
     for leg, e in legs.items():
         with open(tmp_path / "a" / leg / "progress.csv") as file:
-            rates = {float(row["learning_rate"]) for row in csv.DictReader(file)}
-        assert rates == {pytest.approx(e["hyper"]["learning_rate"], rel=1e-5)}
+            rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+        assert rates == pytest.approx([e["hyper"]["learning_rate"]] * 4, rel=1e-5)
         assert (
             e["source"] is None
             or legs[e["source"]]["hyper"] != e["hyper"]
@@ -444,7 +445,9 @@ def test_two_ray_nodes_one_of_them_killed(tmp_path):
     ray = pytest.importorskip("ray", reason="optional package ray is not installed")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         node = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -455,8 +458,6 @@ def test_two_ray_nodes_one_of_them_killed(tmp_path):
             while len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) < 5:
                 time.sleep(0.05)
             cluster.remove_node(node, allow_graceful=False)
-
-        import threading
 
         killer = threading.Thread(target=kill_a_node)
         killer.start()
