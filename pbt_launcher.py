@@ -269,9 +269,9 @@ class Population:
         elif kind == "failed":
             m = self.members[event["member"]]
             m.tries, m.failures = m.tries + 1, m.failures + 1
-        elif kind == "back":  # the checkpoint is damaged: the one before it
+        elif kind == "back":  # the checkpoint is damaged: from the one before it, the last leg again
             m = self.members[event["member"]]
-            m.leg, m.earlier = m.earlier, None
+            m.leg, m.earlier, m.legs, m.step = m.earlier, None, m.legs - 1, self.legs[m.earlier]["step"]
         elif kind == "decide":  # all copies of one boundary at once: a crash leaves all of them or none
             self.generations += event["generation"]
             before = {j: dataclasses.replace(m) for j, m in self.members.items()}
@@ -491,6 +491,10 @@ def make_slots(args):
 # ==== The launcher ====================================================================================================
 
 
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 class Launcher:
     """Runs legs in slots until every member has trained --total-timesteps, and decides between them who copies whom."""
 
@@ -545,7 +549,7 @@ class Launcher:
     def sound(self, leg):
         """Is this leg's checkpoint still the one that it wrote?"""
         path = self.checkpoint(leg)
-        return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == self.population.legs[leg]["sha256"]
+        return path.exists() and sha256(path) == self.population.legs[leg]["sha256"]
 
     # ---- decisions -----------------------------------------------------------------------------------------------
 
@@ -623,13 +627,10 @@ class Launcher:
         event = {
             "member": m, "leg": leg, "step": result["step"], "score": statistics.fmean(returns) if returns else None,
             "hyper": self.hyper(member), "seed": member.seed, "source": member.leg, "seconds": time.time() - started,
-            "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "parent": member.parent,
+            "sha256": sha256(checkpoint), "parent": member.parent,
         }  # fmt: skip
-        before = self.population.best
         self.journal.write("leg", **event)
-        if self.population.best != before:
-            shutil.copy(checkpoint, self.run_dir / "best.tmp")
-            os.replace(self.run_dir / "best.tmp", self.run_dir / "best.pt")
+        self.keep_best()
         self.board(event)
         self.delete_unused()
         if self.args.mode == "async":
@@ -649,6 +650,13 @@ class Launcher:
         self.journal.write("failed", member=member.id, leg=leg, error=result["error"])
         if member.failures >= 2:
             self.replace(member)
+
+    def keep_best(self):
+        """best.pt: the checkpoint of the leg with the highest score so far."""
+        best, path = self.population.best, self.run_dir / "best.pt"
+        if best and self.sound(best) and not (path.exists() and sha256(path) == self.population.legs[best]["sha256"]):
+            shutil.copy(self.checkpoint(best), self.run_dir / "best.tmp")
+            os.replace(self.run_dir / "best.tmp", path)
 
     def delete_unused(self):
         """Keep what a next leg may start from: at most two checkpoints a member, besides best.pt."""
@@ -676,6 +684,7 @@ class Launcher:
     def run(self):
         """Until every member is done. Returns the summary that main prints."""
         self.slots = make_slots(self.args)
+        self.keep_best()
         handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             while not self.stop and not all(map(self.finished, self.population.members.values())):
@@ -806,7 +815,7 @@ def draw(run_dir, population, names):
 THIS_PROCESS_ONLY = ("resume", "dry_run", "slots", "gpus", "executor", "ray_address", "num_cpus", "num_gpus", "run_dir")
 
 
-def parse_args(argv):
+def read_args(argv):
     """Our Args; what follows -- goes to the script, as args.script_flags."""
     split = argv.index("--") if "--" in argv else len(argv)
     args = tyro.cli(Args, args=argv[:split])
@@ -842,12 +851,12 @@ def check_args(args):
         winners_schedule(args.replay)
 
 
-def main(argv=None) -> int:
+def launch(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--serve"]:
         serve(argv[1])
     try:
-        args = parse_args(argv)
+        args = read_args(argv)
         check_args(args)
         if args.dry_run:
             return dry_run(args)
@@ -883,4 +892,4 @@ def dry_run(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launch())

@@ -138,7 +138,7 @@ class Args:
     """constrained: bound the mean of KL(old||new) over the batch's states, or its maximum (a heuristic)"""
     max_kl: float = 0.02
     """constrained: delta, the bound. penalized: what an adaptive beta steers for. The paper's 0.01 belongs to batches
-    of 50 000 steps and more; with 2048 it is slow (Hopper, seeds 11-13: 2130 on average, 2636 with 0.02)"""
+    of 50 000 steps; with 2048 and 1M steps in all it is a little slow"""
     beta: float = 1.0
     """penalized: weight of the KL; its first value where it is adaptive"""
     beta_schedule: Literal["fixed", "adaptive"] = "fixed"

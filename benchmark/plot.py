@@ -1,4 +1,4 @@
-"""Figures of the README, from the stored curves alone (needs matplotlib: pip install -r benchmark/requirements.txt).
+"""Figures of the README, from the stored curves alone.
 
 python benchmark/plot.py     # writes benchmark/results/*.png
 """

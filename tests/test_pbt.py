@@ -135,7 +135,7 @@ def test_resampling_probability():
 
 @pytest.mark.parametrize("text", ["x", "x:log:0:1", "x:lin:2:1", "x:cat", "x:what:0:1", "gamma:log:0.9:1", "x:lin:a:b"])
 def test_bad_specifications(text, tmp_path, capsys):
-    assert pbt.main([TOY, "--run-dir", str(tmp_path / "a"), "--mutate", text]) == 2
+    assert pbt.launch([TOY, "--run-dir", str(tmp_path / "a"), "--mutate", text]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and text in err and not (tmp_path / "a").exists()
 
@@ -436,7 +436,7 @@ def test_after_a_copy_the_optimiser_has_the_new_learning_rate(tmp_path):
 
 def test_ray_missing_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert pbt.main([TOY, *SMALL, "--run-dir", str(tmp_path / "a"), "--executor", "ray"]) == 2
+    assert pbt.launch([TOY, *SMALL, "--run-dir", str(tmp_path / "a"), "--executor", "ray"]) == 2
     assert "pip install 'ray[default]" in capsys.readouterr().err
 
 
@@ -461,7 +461,7 @@ def test_two_ray_nodes_one_of_them_killed(tmp_path):
 
         killer = threading.Thread(target=kill_a_node)
         killer.start()
-        assert pbt.main(args) == 0
+        assert pbt.launch(args) == 0
         killer.join()
     finally:
         ray.shutdown()
