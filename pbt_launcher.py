@@ -340,7 +340,8 @@ def serve(script):
 
 def leg_runner(script):
     """A function from a leg's flags to its result. A script that has train(args) and parse_args(argv) is imported,
-    once; any other is started anew for every leg, as a user would."""
+    once; any other is started anew for every leg, as a user would. A script that does not tell a leg's own returns is
+    scored by its last episodic_return, in which a copy's first legs still see the donor's episodes."""
     tree = ast.parse(Path(script).read_text())
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     if {"train", "parse_args"} <= functions:
@@ -355,7 +356,8 @@ def leg_runner(script):
             return {"error": f"it does not take these flags: {shlex.join(argv)}", "mistake": True}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}", "mistake": type(error).__name__ == "UserError"}
-        return {"signal": summary["signal"], "step": summary["global_step"], "returns": summary["returns"]}
+        returns = summary.get("returns", [summary["episodic_return"]] if "episodic_return" in summary else [])
+        return {"signal": summary.get("signal"), "step": summary["global_step"], "returns": returns}
 
     def run_process(argv):
         command = [sys.executable, script, *argv]
