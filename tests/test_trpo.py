@@ -311,7 +311,7 @@ def refusing(line_search):
 )
 def test_no_candidate_above_the_bound_is_ever_accepted(tmp_path, flags):
     table = run(tmp_path, "a", "--total-timesteps", 25_600, *flags)
-    bound = 0.3 if "--max-kl" in flags else 0.01
+    bound = 0.3 if "--max-kl" in flags else trpo.Args().max_kl
     bounded = table["kl_max" if "max" in flags else "kl"]
     assert len(bounded) == 200 and max(bounded) <= bound * (1 + 1e-6)
     for taken, improvement, kl in zip(table["line_search_step"], table["improvement"], table["kl"], strict=True):
@@ -327,7 +327,10 @@ def test_adaptive_beta_follows_the_rule_and_survives_a_resume(tmp_path):
     table = run(tmp_path, "whole", *flags)
     beta, kl = table["beta"], table["kl"]
     assert beta[0] == 50 and len(set(beta)) > 2
-    assert all(b == trpo.adapted_beta(a, d or math.inf, 0.01) for a, b, d in zip(beta, beta[1:], kl, strict=False))
+    assert all(
+        b == trpo.adapted_beta(a, d or math.inf, trpo.Args().max_kl)
+        for a, b, d in zip(beta, beta[1:], kl, strict=False)
+    )
     run(tmp_path, "a", *flags, "--stop-at-step", 512)
     resume = ["--resume", str(tmp_path / "a"), "--run-dir"]
     assert trpo.main([*resume, str(tmp_path / "b")]) == 0
