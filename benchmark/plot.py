@@ -1,17 +1,123 @@
-"""Figures of the README, from the stored curves alone.
+"""Tables and figures from the stored data alone, in seconds (for scipy: pip install -r benchmark/requirements.txt).
 
-python benchmark/plot.py     # writes benchmark/results/*.png
+python benchmark/plot.py ppo-table1     # a study of reproduce.py: its table (STUDY.md) and figure (STUDY.png)
+python benchmark/plot.py klpen-beta     # the README's picture of KL and beta
+python benchmark/plot.py notes          # the three figures of the notes, made with the scripts' own functions
 """
 
 import csv
+import importlib
+import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark/results"
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from reproduce import STUDIES, read  # noqa: E402
+
+RANDOM = {  # mean return of uniformly random actions, 100 episodes on v4
+    "HalfCheetah-v4": -282.5, "Hopper-v4": 17.7, "InvertedDoublePendulum-v4": 59.1, "InvertedPendulum-v4": 6.2,
+    "Reacher-v4": -43.4, "Swimmer-v4": 0.8, "Walker2d-v4": 2.6,
+}  # fmt: skip
+PAPER = {  # PPO paper, Table 1
+    "no clipping or penalty": -0.39,
+    "clipping, eps = 0.1": 0.76, "clipping, eps = 0.2": 0.82, "clipping, eps = 0.3": 0.70,
+    "adaptive KL, d_target = 0.003": 0.68, "adaptive KL, d_target = 0.01": 0.74, "adaptive KL, d_target = 0.03": 0.71,
+    "fixed KL, beta = 0.3": 0.62, "fixed KL, beta = 1": 0.71, "fixed KL, beta = 3": 0.72, "fixed KL, beta = 10": 0.69,
+}  # fmt: skip
+
+
+# ---- studies of reproduce.py -----------------------------------------------------------------------------------------
+
+
+def finals(study, results):
+    """{(setting, env): {seed: last episodic_return}}"""
+    found = {}
+    for (setting, env, seed), rows in read(study, results).items():
+        found.setdefault((setting, env), {})[seed] = float(rows[-1]["episodic_return"])
+    return found
+
+
+def normalised(found, envs):
+    """{setting: {seed: score}} as in the PPO paper's Table 1: per environment 0 is a random policy and 1 the best
+    setting's mean; averaged over environments. Only settings and seeds that have all of them."""
+    settings = dict.fromkeys(setting for setting, _ in found)
+    best = {env: max(statistics.fmean(x.values()) for (_, e), x in found.items() if e == env) for env in envs}
+    scores = {}
+    for setting in settings:
+        seeds = set.intersection(*(set(found.get((setting, env), {})) for env in envs))
+        for seed in sorted(seeds):
+            each = [(found[setting, env][seed] - RANDOM[env]) / (best[env] - RANDOM[env]) for env in envs]
+            scores.setdefault(setting, {})[seed] = statistics.fmean(each)
+    return scores
+
+
+def interval(values):
+    """95 % bootstrap interval of the mean over seeds."""
+    from scipy.stats import bootstrap
+
+    if len(set(values)) < 2:
+        return values[0], values[0]
+    result = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    return result.confidence_interval
+
+
+def table(study, results):
+    """A markdown table: one row per setting, one column per environment (mean ± std over seeds)."""
+    found = finals(study, results)
+    envs = [env for env in STUDIES[study].envs if any(e == env for _, e in found)]
+    settings = [s.name for s in STUDIES[study].settings if any(setting == s.name for setting, _ in found)]
+    scores = normalised(found, envs) if study == "ppo-table1" else {}
+    head = ["setting", *envs] + (["normalised, 95 % interval", "paper"] if scores else [])
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for setting in settings:
+        cells = [setting]
+        for env in envs:
+            x = list(found.get((setting, env), {}).values())
+            spread = f" ± {statistics.stdev(x):.0f}" if len(x) > 1 else ""
+            cells.append(f"{statistics.fmean(x):.0f}{spread} ({len(x)})" if x else "")
+        if scores:
+            x = list(scores.get(setting, {}).values())
+            cells.append(f"{statistics.fmean(x):.2f}, {'-'.join(f'{v:.2f}' for v in interval(x))}" if x else "")
+            cells.append(f"{PAPER[setting]:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curves(study, results):
+    """One panel per environment: mean over seeds of every setting, and the range of its seeds."""
+    runs, settings = read(study, results), [s.name for s in STUDIES[study].settings]
+    envs = [env for env in STUDIES[study].envs if any(e == env for _, e, _ in runs)]
+    columns = min(4, len(envs))
+    rows = -(-len(envs) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+    for axis, env in zip(axes.flat, envs, strict=False):
+        for i, setting in enumerate(settings):
+            series = [data for (s, e, _), data in sorted(runs.items()) if (s, e) == (setting, env)]
+            if not series:
+                continue
+            steps = np.array([float(row["step"]) for row in series[0]])
+            y = [np.interp(steps, *np.array([(r["step"], r["episodic_return"]) for r in x], float).T) for x in series]
+            axis.plot(steps, np.mean(y, 0), color=f"C{i}" if i < 10 else "k", label=setting)
+            axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=f"C{i}" if i < 10 else "k", alpha=0.15, lw=0)
+        axis.set_title(env, fontsize=10)
+    for axis in list(axes.flat)[len(envs) :]:
+        axis.axis("off")
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel("environment steps", fontsize=9)
+    figure.supylabel("return, mean of the last 100 episodes", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(results / f"{study}.png", dpi=100)
+
+
+# ---- single pictures -------------------------------------------------------------------------------------------------
 
 
 def columns(path):
@@ -38,5 +144,93 @@ def klpen_beta():
     figure.savefig(RESULTS / "klpen_beta.png", dpi=110)
 
 
+def notes():
+    """The notes' Figures 1-3. Left to right: the clipped objective over the ratio; one real TRPO update on
+    InvertedPendulum-v4: the true objective (512 episodes a point) beside its local linear approximation; the surrogate
+    and the trust region along the same step, and the step that was taken."""
+    import torch
+
+    ppo_clip, trpo = importlib.import_module("ppo_clip"), importlib.import_module("trpo_continuous")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8))
+    ratio = torch.linspace(0, 2, 401)
+    for advantage, colour in ((1.0, "C0"), (-1.0, "C3")):
+        A = torch.full_like(ratio, advantage)
+        left.plot(ratio, ppo_clip.clipped_surrogate(ratio, A, 0.2), colour, label=f"A = {advantage:+.0f}")
+        left.plot(ratio, ratio * A, colour, ls=":", lw=1)
+    left.set(title="clipped objective (dotted: r A)", xlabel="ratio r", ylim=(-2, 2))
+    left.axvline(1, color="0.8", lw=0.8)
+    left.legend()
+
+    args = trpo.Args(env_id="InvertedPendulum-v4", num_envs=64, num_steps=64, max_kl=0.05, gamma=0.95)
+    actors = trpo.Actors(trpo.make_envs(args), args.gamma)
+    rng = torch.Generator().manual_seed(0)
+    agent = trpo.Agent(actors.obs_dim, actors.action_space, rng)
+    params = trpo.flatten_parameters(agent.policy_parameters())
+    data = trpo.empty_batch(agent, actors.obs_dim, 4096)
+
+    def collect(seed):
+        actors.reset(seed=(seed,))
+        return actors.collect(agent, args.num_steps, torch.Generator().manual_seed(seed))
+
+    def true_objective():
+        """Mean discounted return of 64 steps from reset, over 8 x 64 starts."""
+        total = []
+        for seed in range(8):
+            rollout = collect(seed)
+            alive = torch.cat([torch.ones(1, 64), 1 - rollout["done"][:-1]]).cumprod(0)
+            discount = args.gamma ** torch.arange(args.num_steps).unsqueeze(1)
+            total.append((rollout["reward"] * alive * discount).sum(0).mean().item())
+        return statistics.fmean(total)
+
+    rollout = collect(100)
+    agent.update_normalisers(rollout)
+    trpo.fill_batch(data, agent, rollout, args.gamma, 1.0)
+    data["advantage"].copy_((data["advantage"] - data["advantage"].mean()) / data["advantage"].std())
+    old = params.clone()
+    report = trpo.policy_update(agent, params, data, torch.tensor(args.max_kl), torch.tensor(1.0), args)
+    report = dict(zip(trpo.POLICY_METRICS, report.tolist(), strict=True))
+    taken = params - old
+    scales = np.concatenate([np.linspace(-1, 4, 11), np.linspace(6, 40, 12)])
+    J, L, kl = [], [], []
+    with torch.no_grad():
+        for scale in scales:
+            params.copy_(old + float(scale) * taken)
+            surrogate, mean_kl, _ = trpo.surrogate_and_kl(agent, data)
+            J.append(true_objective())
+            L.append(surrogate.item())
+            kl.append(mean_kl.item())
+    actors.envs.close()
+    zero = int(np.abs(scales).argmin())
+    slope = (J[zero + 1] - J[zero - 1]) / (scales[zero + 1] - scales[zero - 1])
+    middle.plot(scales, J, label="true objective J")
+    middle.plot(scales, J[zero] + slope * scales, "--", label="local linear approximation")
+    middle.axvline(1, color="k", lw=1, label="TRPO's step")
+    middle.set(title="J along one TRPO update", xlabel="multiple of the step taken", ylim=(min(J) - 1, max(J) * 1.5))
+    right.plot(scales, np.array(L) - L[zero], label="surrogate L - L_old")
+    right.plot(scales, report["expected_improvement"] * scales, "--", lw=1, label="its linear model g's")
+    right.plot(scales, kl, label="mean KL(old||new)")
+    inside = scales[np.array(kl) <= args.max_kl]
+    right.axvspan(inside.min(), inside.max(), color="0.9", label=f"trust region, KL <= {args.max_kl}")
+    right.axvline(1, color="k", lw=1, label="step taken")
+    right.set(title="what TRPO sees", xlabel="multiple of the step taken", xlim=(-1, 6), ylim=(-0.2, 0.8))
+    for axis in (middle, right):
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "notes.png", dpi=100)
+
+
+def main():
+    names = {"klpen-beta": klpen_beta, "notes": notes}
+    if len(sys.argv) != 2 or sys.argv[1] not in {*names, *STUDIES}:
+        sys.exit(f"usage: python benchmark/plot.py [{' | '.join([*names, *STUDIES])}]")
+    if sys.argv[1] in names:
+        names[sys.argv[1]]()
+        return
+    text = table(sys.argv[1], RESULTS)
+    (RESULTS / f"{sys.argv[1]}.md").write_text(text + "\n")
+    curves(sys.argv[1], RESULTS)
+    print(text)
+
+
 if __name__ == "__main__":
-    klpen_beta()
+    main()

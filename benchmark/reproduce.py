@@ -1,0 +1,223 @@
+"""Grids of runs that reproduce a paper's table or figure: the scripts as they are, one run per core.
+
+    python benchmark/reproduce.py --list                   # the studies, how many runs, roughly how long
+    python benchmark/reproduce.py ppo-table1 --workers 2   # resumable at any moment
+    python benchmark/plot.py ppo-table1                    # the table and the figure, from the stored data
+
+A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv gets a run's
+rows (about 100 points) when it is done: script, setting, env, seed, step, episodic_return, kl, learning_rate.
+STUDY.json says with which versions and on which machine. What is in the csv is never run again, so a study can be
+carried from machine to machine.
+"""
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("script", "setting", "env", "seed", "step", "episodic_return", "kl", "learning_rate")
+SEVEN = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
+SEVEN = tuple(f"{name}-v4" for name in SEVEN)
+STEPS_PER_SECOND = 6000  # of one core, roughly
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table or one curve of a figure: a script and its flags. `env` makes an --env-id of a name."""
+
+    name: str
+    script: str
+    flags: tuple = ()
+    env: str = "{}"
+
+
+@dataclass(frozen=True)
+class Study:
+    what: str
+    settings: tuple
+    envs: tuple
+    seeds: int = 3
+    steps: int = 1_000_000
+
+    def runs(self):
+        return [(s, env, seed) for seed in range(1, self.seeds + 1) for s in self.settings for env in self.envs]
+
+
+def clip(name, *flags):
+    return Setting(name, "ppo_clip.py", flags)
+
+
+def klpen(name, *flags):
+    return Setting(name, "ppo_klpen.py", flags)
+
+
+def trpo(name, *flags):
+    return Setting(name, "trpo_continuous.py", flags)
+
+
+TABLE1 = [clip("no clipping or penalty", "--no-clip")]
+TABLE1 += [clip(f"clipping, eps = {eps}", "--clip-coef", eps) for eps in (0.1, 0.2, 0.3)]
+TABLE1 += [klpen(f"adaptive KL, d_target = {d}", "--kl-target", d) for d in (0.003, 0.01, 0.03)]
+TABLE1 += [klpen(f"fixed KL, beta = {b}", "--beta-schedule", "fixed", "--beta-init", b) for b in (0.3, 1, 3, 10)]
+ADAPTIVE = ("--lr-schedule", "kl-adaptive")
+LR = [clip("linear"), clip("constant", "--lr-schedule", "constant"), clip("kl-adaptive, band 1.5", *ADAPTIVE)]
+LR += [clip("kl-adaptive, band 1 (the notes)", *ADAPTIVE, "--kl-lr-band", 1)]
+FORMS = [trpo("constrained, mean KL"), trpo("constrained, max KL 0.2", "--kl-constraint", "max", "--max-kl", 0.2)]
+FORMS += [trpo("penalised, beta = 1.5", "--form", "penalized", "--beta", 1.5)]
+FORMS += [trpo("penalised, adaptive beta", "--form", "penalized", "--beta-schedule", "adaptive")]
+TERMINAL = Setting("time limit taken as the end", "ppo_clip.py", (), "terminal_envs:{}-terminal-v0")
+
+STUDIES = {
+    "ppo-table1": Study("PPO paper, Table 1: eleven objectives", tuple(TABLE1), SEVEN),
+    "figure3": Study("PPO paper, Figure 3: PPO-clip and TRPO", (clip("PPO (clip)"), trpo("TRPO")), SEVEN),
+    "trpo-forms": Study("the notes' forms of TRPO", tuple(FORMS), ("Hopper-v4", "Walker2d-v4")),
+    "kl-adaptive-lr": Study(
+        "notes §2.2: learning-rate schedules", tuple(LR), ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
+    ),
+    "truncation": Study(
+        "bootstrap at time limits, or not", (clip("bootstrapped"), TERMINAL), ("Pendulum-v1", "Reacher-v4"), 5, 300_000
+    ),
+}
+
+
+# ---- stored data -----------------------------------------------------------------------------------------------------
+
+
+def read(study, results):
+    """{(setting, env, seed): rows} of what is stored; rows are dicts with COLUMNS."""
+    path, runs = results / f"{study}.csv", {}
+    if path.exists():
+        with open(path) as file:
+            for row in csv.DictReader(file):
+                runs.setdefault((row["setting"], row["env"], int(row["seed"])), []).append(row)
+    return runs
+
+
+def store(study, results, setting, env, seed, progress):
+    """Append a finished run, thinned to about 100 points, and rewrite the sidecar. The file is replaced as a whole."""
+    runs = read(study, results)
+    every = max(1, len(progress) // 100)
+    points = [row for i, row in enumerate(progress) if (len(progress) - 1 - i) % every == 0]
+    first = {"script": setting.script, "setting": setting.name, "env": env, "seed": seed}
+    same = {key: None for key in ("episodic_return", "kl", "learning_rate")}
+    runs[setting.name, env, seed] = [first | {"step": row["global_step"]} | {k: row[k] for k in same} for row in points]
+    results.mkdir(parents=True, exist_ok=True)
+    with open(results / f"{study}.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for key in sorted(runs):
+            writer.writerows(runs[key])
+    os.replace(results / f"{study}.tmp", results / f"{study}.csv")
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")}
+    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
+    about = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu} | versions
+    (results / f"{study}.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run of a grid: a process, and the folder that it writes."""
+
+    def __init__(self, study, steps, folder, setting, env, seed):
+        self.setting, self.env, self.seed, self.steps = setting, env, seed, steps
+        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{setting.name}__{env}__{seed}")
+        self.folder, self.process = folder / study / name, None
+
+    def command(self):
+        script = ROOT / self.setting.script
+        if (self.folder / "checkpoint.pt").exists():
+            return [sys.executable, script, "--resume", self.folder]
+        flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
+        return [sys.executable, script, *flags, "--run-dir", self.folder, *self.setting.flags]
+
+    def start(self):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmark")}
+        self.process = subprocess.Popen(
+            list(map(str, self.command())), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def progress(self):
+        """The rows of progress.csv so far."""
+        try:
+            with open(self.folder / "progress.csv") as file:
+                return [row for row in csv.DictReader(file) if None not in row.values()]
+        except FileNotFoundError:
+            return []
+
+    def step(self):
+        rows = self.progress()
+        return int(rows[-1]["global_step"]) if rows else 0
+
+
+def reproduce(name, study, workers, results, folder):
+    """Run what is missing of a study, `workers` at a time. Returns the number of runs that failed."""
+    stored = read(name, results)
+    todo = [Run(name, study.steps, folder, *run) for run in study.runs() if (run[0].name, *run[1:]) not in stored]
+    total, failed, running = len(todo), 0, []
+    bar = tqdm(total=sum(run.steps for run in todo), unit=" steps", unit_scale=True, smoothing=0.05)
+    bar.update(sum(run.step() for run in todo))
+    finished = 0
+    try:
+        while todo or running:
+            while todo and len(running) < workers:
+                running.append(todo.pop(0))
+                running[-1].start()
+            time.sleep(0.5)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                if run.process.returncode:
+                    failed += 1
+                    tqdm.write(
+                        f"{run.folder.name}: status {run.process.returncode}: {run.process.stderr.read().strip()}"
+                    )
+                else:
+                    finished += run.steps
+                    store(name, results, run.setting, run.env, run.seed, run.progress())
+            done = total - len(todo) - len(running)
+            bar.set_postfix_str(f"{done} of {total} runs, {failed} failed", refresh=False)
+            bar.update(min(finished + sum(run.step() for run in running + todo), bar.total) - bar.n)
+    finally:
+        for run in running:
+            run.process.terminate()
+        bar.close()
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=STUDIES)
+    parser.add_argument("--list", action="store_true", help="name the studies and stop")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seeds", type=int, help="default: the study's")
+    parser.add_argument("--steps", type=int, help="environment steps of a run; default: the study's")
+    parser.add_argument("--envs", nargs="+", help="only these environments")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmark/results")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/reproduce")
+    args = parser.parse_args()
+    if args.list or not args.study:
+        for name, study in STUDIES.items():
+            runs = len(study.runs())
+            hours = runs * study.steps / STEPS_PER_SECOND / 3600
+            print(f"{name:16}{study.what}: {runs} runs of {study.steps} steps, some {hours:.1f} core hours")
+        return 0
+    given = {"seeds": args.seeds, "steps": args.steps, "envs": args.envs and tuple(args.envs)}
+    study = dataclasses.replace(STUDIES[args.study], **{key: x for key, x in given.items() if x is not None})
+    return 1 if reproduce(args.study, study, args.workers, args.results, args.run_dir) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The benchmark's grids and tables: end to end with tiny runs, resumable, and equal to what is committed."""
+
+import csv
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+reproduce = importlib.import_module("reproduce")
+plot = importlib.import_module("plot")
+
+TINY = ["--steps", "2048", "--seeds", "1"]
+
+
+def command(tmp_path, study, *flags):
+    program = [sys.executable, str(ROOT / "benchmark/reproduce.py"), study, *TINY, *flags]
+    return [*program, "--results", str(tmp_path / "results"), "--run-dir", str(tmp_path / "runs")]
+
+
+@pytest.mark.parametrize("study", reproduce.STUDIES)
+def test_every_setting_of_every_study_runs(study, tmp_path):
+    """One environment each, so that a misspelt flag or environment shows here and not after eight hours."""
+    env = reproduce.STUDIES[study].envs[-1]
+    run = subprocess.run(command(tmp_path, study, "--envs", env, "--workers", "2"), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    stored = reproduce.read(study, tmp_path / "results")
+    names = {s.name for s in reproduce.STUDIES[study].settings}
+    assert set(stored) == {(name, env, 1) for name in names}
+    assert all(int(rows[-1]["step"]) == 2048 for rows in stored.values())
+    text = plot.table(study, tmp_path / "results")
+    assert all(f"| {name} |" in text for name in names) and f"| {env} |" in text.replace(" normalised", "|")
+    plot.curves(study, tmp_path / "results")
+    assert (tmp_path / "results" / f"{study}.png").exists() and (tmp_path / "results" / f"{study}.json").exists()
+
+
+def test_a_killed_grid_goes_on_without_repeating_finished_runs(tmp_path):
+    flags = ["--envs", "Pendulum-v1", "--steps", "40960", "--seeds", "2"]
+    process = subprocess.Popen(command(tmp_path, "truncation", *flags), stderr=subprocess.PIPE, start_new_session=True)
+    while len(reproduce.read("truncation", tmp_path / "results")) < 1:
+        time.sleep(0.05)
+        assert process.poll() is None
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime for path in (tmp_path / "runs").glob("*/*/progress.csv")}
+    done = set(reproduce.read("truncation", tmp_path / "results"))
+    assert subprocess.run(command(tmp_path, "truncation", *flags), capture_output=True).returncode == 0
+    stored = reproduce.read("truncation", tmp_path / "results")
+    assert len(stored) == 4 and done < set(stored)
+    unchanged = [path for path, t in before.items() if path.stat().st_mtime == t]
+    assert len(unchanged) >= len(done)
+    assert all(80 <= len(rows) <= 200 or len(rows) == 20 for rows in stored.values())
+
+
+def test_time_limits_become_ends():
+    import gymnasium as gym
+
+    env = gym.make("terminal_envs:Pendulum-v1-terminal-v0")
+    env.reset(seed=0)
+    endings = [env.step(env.action_space.sample())[2:4] for _ in range(200)]
+    assert endings[-1] == (True, False) and not any(any(e) for e in endings[:-1])
+
+
+def test_normalised_scores_of_a_worked_example():
+    """Two settings, two environments, by hand: random is 0, the best setting's mean is 1."""
+    found = {
+        ("a", "Hopper-v4"): {1: 1017.7, 2: 3017.7}, ("b", "Hopper-v4"): {1: 17.7, 2: 1017.7},
+        ("a", "Swimmer-v4"): {1: 0.8, 2: 0.8}, ("b", "Swimmer-v4"): {1: 100.8, 2: 100.8},
+    }  # fmt: skip
+    scores = plot.normalised(found, ["Hopper-v4", "Swimmer-v4"])
+    assert scores["a"] == pytest.approx({1: 0.25, 2: 0.75}) and scores["b"] == pytest.approx({1: 0.5, 2: 0.75})
+
+
+def test_table_1_has_the_papers_eleven_rows():
+    study = reproduce.STUDIES["ppo-table1"]
+    assert {s.name for s in study.settings} == set(plot.PAPER) and len(plot.PAPER) == 11
+    assert len(study.runs()) == 11 * 7 * 3 and set(study.envs) == set(plot.RANDOM)
+
+
+@pytest.mark.parametrize("study", [s for s in reproduce.STUDIES if (ROOT / f"benchmark/results/{s}.csv").exists()])
+def test_the_committed_table_is_that_of_the_stored_data(study):
+    results = ROOT / "benchmark/results"
+    assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
+    with open(results / f"{study}.csv") as file:
+        assert csv.DictReader(file).fieldnames == list(reproduce.COLUMNS)
+
+
+def test_settings_are_frozen_and_distinct():
+    for study in reproduce.STUDIES.values():
+        assert len({s.name for s in study.settings}) == len(study.settings)
+        assert len({(s.script, s.flags, s.env) for s in study.settings}) == len(study.settings)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            study.steps = 1
