@@ -1,8 +1,10 @@
-"""Tables and figures from the stored data alone, in seconds (for scipy: pip install -r benchmark/requirements.txt).
+"""Tables and figures from the stored data alone, in seconds.
 
-python benchmark/plot.py ppo-table1     # a study of reproduce.py: its table (STUDY.md) and figure (STUDY.png)
-python benchmark/plot.py klpen-beta     # the README's picture of KL and beta
-python benchmark/plot.py notes          # the three figures of the notes, made with the scripts' own functions
+    python benchmark/plot.py ppo-table1     # a study of reproduce.py: its table (STUDY.md) and figure (STUDY.png)
+    python benchmark/plot.py klpen-beta     # the README's picture of KL and beta
+    python benchmark/plot.py notes          # the notes' three figures, by the scripts' own functions (a minute)
+
+The interval in ppo-table1's table needs scipy: pip install -r benchmark/requirements.txt
 """
 
 import csv

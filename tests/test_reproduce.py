@@ -41,7 +41,7 @@ def test_every_setting_of_every_study_runs(study, tmp_path):
 
 
 def test_a_killed_grid_goes_on_without_repeating_finished_runs(tmp_path):
-    flags = ["--envs", "Pendulum-v1", "--steps", "40960", "--seeds", "2"]
+    flags = ["--envs", "Pendulum-v1", "--steps", "20480", "--seeds", "2"]
     process = subprocess.Popen(command(tmp_path, "truncation", *flags), stderr=subprocess.PIPE, start_new_session=True)
     while len(reproduce.read("truncation", tmp_path / "results")) < 1:
         time.sleep(0.05)
@@ -56,7 +56,7 @@ def test_a_killed_grid_goes_on_without_repeating_finished_runs(tmp_path):
     assert len(stored) == 4 and done < set(stored)
     unchanged = [path for path, t in before.items() if path.stat().st_mtime == t]
     assert len(unchanged) >= len(done)
-    assert all(80 <= len(rows) <= 200 or len(rows) == 20 for rows in stored.values())
+    assert all(80 <= len(rows) <= 200 or len(rows) == 10 for rows in stored.values())
 
 
 def test_time_limits_become_ends():
@@ -84,12 +84,13 @@ def test_table_1_has_the_papers_eleven_rows():
     assert len(study.runs()) == 11 * 7 * 3 and set(study.envs) == set(plot.RANDOM)
 
 
-@pytest.mark.parametrize("study", [s for s in reproduce.STUDIES if (ROOT / f"benchmark/results/{s}.csv").exists()])
-def test_the_committed_table_is_that_of_the_stored_data(study):
+def test_the_committed_tables_are_those_of_the_stored_data():
     results = ROOT / "benchmark/results"
-    assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
-    with open(results / f"{study}.csv") as file:
-        assert csv.DictReader(file).fieldnames == list(reproduce.COLUMNS)
+    for study in reproduce.STUDIES:
+        if (results / f"{study}.csv").exists():
+            assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
+            with open(results / f"{study}.csv") as file:
+                assert csv.DictReader(file).fieldnames == list(reproduce.COLUMNS)
 
 
 def test_settings_are_frozen_and_distinct():
