@@ -33,7 +33,7 @@ same vector (logged as `beta_star`).
 --kl-constraint max bounds the largest KL over states, the notes' stricter variant. It is a heuristic here: a maximum
 over the *sampled* states only, and a direction that is still the mean KL's. The theorem behind "monotonic improvement"
 (TRPO theorem 1) is about another problem, L - C max KL with C = 4 eps gamma / (1-gamma)^2 and eps = max |A|. That C is
-logged as `penalty_coefficient_of_the_bound`: some 10^5, which would make steps too small to see. The constraint exists
+logged as `penalty_coefficient_of_the_bound`: some 10^4, which would make steps too small to see. The constraint exists
 because of that.
 
 Where this file departs from the paper, and why:
@@ -359,9 +359,11 @@ def policy_update(agent, params, data, max_kl, beta, args):
         old, old_surrogate = params.clone(), old_surrogate.detach()
         step = x / (beta if args.form == "penalized" else torch.where(beta_star > 0, beta_star, math.inf))
         if args.form == "constrained" and args.kl_constraint == "max":
-            params += step  # the KL grows with the square of a step: one look tells the scale
-            step = step * (max_kl / surrogate_and_kl(agent, data)[2]).sqrt()
+            for _ in range(2):  # the KL grows about with the square of a step: two looks tell the scale
+                params.copy_(old + step)
+                step = step * (max_kl / surrogate_and_kl(agent, data)[2]).sqrt()
             params.copy_(old)
+            step = 0.99 * step  # a hair inside, lest rounding cost a whole factor of the line search
 
         def evaluate():
             surrogate, kl, kl_max = surrogate_and_kl(agent, data)

@@ -156,7 +156,7 @@ def test_surrogate_gradient_at_the_old_policy_is_the_policy_gradient():
     torch.testing.assert_close(ours, policy_gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("max_kl,tolerance", [(1e-6, 0.1), (1e-8, 0.01), (1e-10, 0.001)])
+@pytest.mark.parametrize("max_kl,tolerance", [(1e-6, 0.2), (1e-8, 0.02), (1e-10, 0.002)])
 def test_kl_of_the_full_step_approaches_max_kl(max_kl, tolerance):
     agent, params, data = make_policy(double=True, small=True)
     g, x, product = natural_gradient(agent, data, damping=0.0, iters=100)
