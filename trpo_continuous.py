@@ -53,7 +53,8 @@ Commands:
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__20260101-120000
     python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__20260101-120000 --eval-episodes 20
 
-EXPECT
+Expect, at 1M steps with default flags (README: seeds and spreads): Hopper-v4 1200-2600, Walker2d-v4 2900-4000,
+HalfCheetah-v4 1500-5200.
 
 Shapes: T steps, N envs, B = T*N, M minibatch, D observation, A action, P = 2A numbers that describe pi(.|s);
 "policy vector": the actor's parameters and log std in one vector.

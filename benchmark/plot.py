@@ -131,12 +131,13 @@ def columns(path):
 def klpen_beta():
     """d and beta over one run of ppo_klpen.py with a constant and one with a linear learning rate."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 4.5), sharex=True, sharey="row")
-    studies = {"ppo_klpen_constant_lr": "--lr-schedule constant", "ppo_klpen": "--lr-schedule linear (default)"}
-    for (study, title), (top, bottom) in zip(studies.items(), axes.T, strict=True):
-        run = columns(RESULTS / study / "Hopper-v4__1.csv")
+    runs = {"ppo_klpen_constant_lr/Hopper-v4__11": "seed 11, --lr-schedule constant"}
+    runs |= {"ppo_klpen/Hopper-v4__1": "seed 1, --lr-schedule linear (default)"}
+    for (name, title), (top, bottom) in zip(runs.items(), axes.T, strict=True):
+        run = columns(RESULTS / f"{name}.csv")
         top.axhspan(0.01 / 1.5, 0.01 * 1.5, color="0.85", label="d_target / 1.5 ... 1.5 d_target")
         top.plot(run["global_step"], run["kl"], ".", markersize=2, label="d, KL(old||new) of an iteration")
-        top.set(yscale="log", ylim=(1e-4, 1e-1), title=f"Hopper-v4, seed 1, {title}")
+        top.set(yscale="log", ylim=(1e-4, 1e-1), title=f"Hopper-v4, {title}")
         bottom.step(run["global_step"], run["beta"], where="post")
         bottom.set(yscale="log", xlabel="environment steps")
     axes[0, 0].set_ylabel("nats")
@@ -144,6 +145,12 @@ def klpen_beta():
     axes[1, 0].set_ylabel("beta")
     figure.tight_layout()
     figure.savefig(RESULTS / "klpen_beta.png", dpi=110)
+    print("median d over a run's second half, last entropy:")
+    for study in ("ppo_klpen_constant_lr", "ppo_klpen", "ppo_clip"):
+        for path in sorted((RESULTS / study).glob("Hopper-v4__*.csv")):
+            run = columns(path)
+            middle = statistics.median(run["kl"][len(run["kl"]) // 2 :])
+            print(f"{study} {path.stem}: {middle:.4f} {run['entropy'][-1]:.2f}")
 
 
 def notes():

@@ -27,7 +27,7 @@ def test_every_flag_in_a_command_exists(name):
     source = (ROOT / f"{name}.py").read_text()
     fields = set(re.findall(r"^    (\w+): .* = ", source, flags=re.M))
     for line in re.findall(rf"^.*python {name}\.py.*$", README + source, flags=re.M):
-        for flag in re.findall(r"--([a-z][a-z-]+)", line.split("#")[0]):
+        for flag in re.findall(r"--([a-z][a-z-]+)", line.split("#")[0].split(" -- ")[0]):
             assert flag.removeprefix("no-").replace("-", "_") in fields, line
 
 
