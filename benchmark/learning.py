@@ -75,9 +75,9 @@ def final_returns(study, env_id):
 def table():
     lines = ["| environment | run | mean ± std | by seed |", "| --- | --- | ---: | --- |"]
     for env_id in (*MUJOCO, "CartPole-v1"):
-        for study, (_, env_ids, _, _) in STUDIES.items():
+        for study, (_, env_ids, seeds, _) in STUDIES.items():
             finals = final_returns(study, env_id)
-            if env_id in env_ids and finals:
+            if env_id in env_ids and finals and seeds is not OTHERS:
                 values = list(finals.values())
                 spread = statistics.stdev(values) if len(values) > 1 else float("nan")
                 seeds = ", ".join(f"{x:.0f}" for x in values)
