@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -19,6 +20,11 @@ SCRIPTS = [
 ]
 # the scripts that train one agent and keep the contract of flags and run folders to the letter
 TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", "ppo_klpen")]
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_every_time():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=SCRIPTS)
