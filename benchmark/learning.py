@@ -72,16 +72,21 @@ def final_returns(study, env_id):
     return finals
 
 
+def cell(values):
+    """mean ± standard deviation over seeds, and the seeds one by one"""
+    if not values:
+        return ""
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.0f} ± {spread:.0f} ({', '.join(f'{x:.0f}' for x in values)})"
+
+
 def table():
-    lines = ["| environment | run | mean ± std | by seed |", "| --- | --- | ---: | --- |"]
-    for env_id in (*MUJOCO, "CartPole-v1"):
-        for study, (_, env_ids, seeds, _) in STUDIES.items():
-            finals = final_returns(study, env_id)
-            if env_id in env_ids and finals and seeds is not OTHERS:
-                values = list(finals.values())
-                spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-                seeds = ", ".join(f"{x:.0f}" for x in values)
-                lines.append(f"| {env_id} | {study} | {statistics.mean(values):.0f} ± {spread:.0f} | {seeds} |")
+    columns = (*MUJOCO, "CartPole-v1")
+    lines = ["| run | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for study, (_, env_ids, seeds, _) in STUDIES.items():
+        cells = [cell(list(final_returns(study, x).values())) if x in env_ids else "" for x in columns]
+        if any(cells) and seeds is not OTHERS:
+            lines.append(f"| {study} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -18,8 +18,8 @@ SCRIPTS = [
     for p in ("trpo_continuous", "ppo_clip", "ppo_klpen", "ppo_multiagent", "pbt_launcher")
     if (ROOT / f"{p}.py").exists()
 ]
-# the scripts that train one agent and keep the contract of flags and run folders to the letter
-TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", "ppo_klpen")]
+TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", "ppo_klpen")]  # one agent each
+CONTRACT = [*TRAINING, "ppo_multiagent"]  # keep the contract of flags and run folders
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,11 @@ def any_script(request):
 
 @pytest.fixture(params=TRAINING)
 def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=CONTRACT)
+def trainer(request):
     return importlib.import_module(request.param)
 
 
