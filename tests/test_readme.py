@@ -9,11 +9,12 @@ from conftest import ROOT, SCRIPTS
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_learning_table_is_made_from_the_stored_curves():
-    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmark/learning.py")
-    learning = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(learning)
-    assert learning.table() in README
+@pytest.mark.parametrize("name,table", [("learning", "table"), ("multiagent", "table"), ("multiagent", "strength_table")])
+def test_tables_are_made_from_the_stored_curves(name, table):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmark/{name}.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert getattr(benchmark, table)() in README
 
 
 def test_the_two_commands():
