@@ -449,13 +449,18 @@ def train(args: Args) -> dict:
     metrics = torch.zeros(len(METRICS), device=device)
     step = minibatch_update
 
-    def update(index):  # (M,)
-        step(klpen_loss, agent, adam, data, index, coef, metrics, args.norm_adv)
+    order = torch.zeros(args.num_minibatches, M, dtype=torch.long, device=device)  # an epoch's minibatches
+
+    def epoch_of_updates():
+        for index in order.unbind():  # (M,)
+            step(klpen_loss, agent, adam, data, index, coef, metrics, args.norm_adv)
+
+    run_epoch = graphed(epoch_of_updates, device)
 
     if args.compile:
-        step = compiled(minibatch_update)
+        step = compiled(minibatch_update, device)
         try:
-            update(torch.arange(M, device=device))  # compiles; on zeros, with learning rate 0
+            epoch_of_updates()  # compiles; on zeros, with learning rate 0
         except Exception as error:  # no C++ compiler, say: the eager function is the same one
             print(f"{SCRIPT}.py: torch.compile failed, going on without it: {first_line(error)}", file=sys.stderr)
             step = minibatch_update
@@ -486,6 +491,8 @@ def train(args: Args) -> dict:
         save_checkpoint(state, run_dir / "checkpoint.pt")
 
     log = RunLog(args, run_dir, global_step, save)
+    if args.cuda:
+        announce_cuda(sum(p.numel() for p in agent.parameters()), M)
     last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
     wall_start = start_time - wall_time
     wall_time = time.time() - wall_start
@@ -520,8 +527,8 @@ def train(args: Args) -> dict:
             # ---- update: K epochs of minibatches on L(theta) (line 6) ------------------------------------------------
             metrics.zero_()
             for _ in range(args.update_epochs):
-                for index in torch.randperm(B, generator=rng).to(device).view(-1, M):
-                    update(index)
+                order.copy_(torch.randperm(B, generator=rng).view(-1, M))
+                run_epoch()
             kl = mean_kl(agent, data).item()
             if args.lr_schedule == "kl-adaptive":
                 learning_rate = adapted_learning_rate(
@@ -901,13 +908,13 @@ def stop_signals():
             signal.signal(number, old)
 
 
-def compiled(update):
+def compiled(update, device):
     """torch.compile(update) as one graph, gradient included; in this process, without a pool of compiler processes."""
     import torch._inductor.config  # imported here: not needed, and slow, without --compile
 
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad be part of the graph
     torch._inductor.config.compile_threads = 1
-    torch._inductor.config.cpp_wrapper = True  # call the kernels from C++: 175 instead of 215 us a minibatch
+    torch._inductor.config.cpp_wrapper = device.type == "cpu"  # C++ calls the kernels: 175, not 215 us a minibatch
     torch._inductor.config.size_asserts = False
     torch._inductor.config.cpp.use_decompose_tanh = True  # another tenth; the error is 2e-7
     return torch.compile(update, fullgraph=True, dynamic=False)
@@ -917,6 +924,44 @@ def unguarded(is_compiled):
     """A context in which compiled code does not check before each call that nothing it was compiled for has changed:
     within a run nothing does, and the checks take 7 of a minibatch's 157 us."""
     return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if is_compiled else contextlib.nullcontext()
+
+
+class CudaGraph:
+    """A function without arguments or random numbers, whose tensors never move, as one launch instead of thousands.
+
+    Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
+    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
+    back, and nothing of the Python runs any more: what changes from call to call must be in tensors."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 2:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self.calls == 3:
+            with torch.cuda.graph(self.graph):  # records, does not run
+                self.function()
+        self.graph.replay()
+
+
+def announce_cuda(parameters, minibatch):
+    """Say in one line what --cuda does with this much work, and when it is not worth it."""
+    text = f"{SCRIPT}.py: --cuda: {parameters} parameters, minibatches of {minibatch}: updates run as CUDA graphs"
+    if minibatch < 1024:
+        text += "; with minibatches this small a CPU core may be as fast, compare steps/s with --no-cuda"
+    print(text, file=sys.stderr)
+
+
+def graphed(function, device):
+    """The function, as a CUDA graph where there is a GPU."""
+    return CudaGraph(function) if device.type == "cuda" else function
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

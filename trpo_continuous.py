@@ -318,6 +318,11 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
     return x, r
 
 
+def free_to_look(x):
+    """Whether Python may branch on this tensor at no cost: nothing has to wait for a CPU's."""
+    return x.device.type == "cpu"
+
+
 @torch.no_grad()
 def line_search(params, step, evaluate, coeff, iters):
     """Move `params`, in place, by the first of step, coeff step, coeff^2 step, ... that is acceptable (TRPO App. C); if
@@ -334,7 +339,7 @@ def line_search(params, step, evaluate, coeff, iters):
         first = acceptable & (taken < 0)
         best, best_report = torch.where(first, params, best), torch.where(first, report, best_report)
         taken = torch.where(first, j, taken)
-        if params.device.type == "cpu" and first:  # on a GPU, looking would cost more than the other candidates
+        if free_to_look(first) and first:  # on a GPU, looking would cost more than the other candidates
             break
     params.copy_(best)
     return taken, best_report
@@ -506,13 +511,24 @@ def train(args: Args) -> dict:
     metrics = torch.zeros(2, device=device)
     step = minibatch_update
 
-    def update_critic(index):  # (M,)
-        step(critic_loss, agent.critic, adam, inputs, index, coef, metrics)
+    order = torch.zeros(args.num_minibatches, M, dtype=torch.long, device=device)  # an epoch's minibatches
+
+    def critic_epoch():
+        for index in order.unbind():  # (M,)
+            step(critic_loss, agent.critic, adam, inputs, index, coef, metrics)
+
+    run_critic_epoch = graphed(critic_epoch, device)
+    report = torch.zeros(len(POLICY_METRICS), device=device)
+
+    def policy_step():
+        report.copy_(policy_update(agent, policy_params, data, coef["max_kl"], coef["beta"], args))
+
+    run_policy_step = graphed(policy_step, device)
 
     if args.compile:
-        step = compiled(minibatch_update)
+        step = compiled(minibatch_update, device)
         try:
-            update_critic(torch.arange(M, device=device))  # compiles; on zeros, with learning rate 0
+            critic_epoch()  # compiles; on zeros, with learning rate 0
         except Exception as error:  # no C++ compiler, say: the eager function is the same one
             print(f"{SCRIPT}.py: torch.compile failed, going on without it: {first_line(error)}", file=sys.stderr)
             step = minibatch_update
@@ -540,6 +556,8 @@ def train(args: Args) -> dict:
         save_checkpoint(state, run_dir / "checkpoint.pt")
 
     log = RunLog(args, run_dir, global_step, save)
+    if args.cuda:
+        announce_cuda(sum(p.numel() for p in agent.parameters()), M)
     last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
     wall_start = start_time - wall_time
     wall_time = time.time() - wall_start
@@ -575,34 +593,34 @@ def train(args: Args) -> dict:
                 advantage.copy_((advantage - mean) / (std + 1e-8))
 
             # ---- policy: one natural-gradient step with a line search ------------------------------------------------
-            report = policy_update(agent, policy_params, data, coef["max_kl"], coef["beta"], args).tolist()
-            policy_step = dict(zip(POLICY_METRICS, report, strict=True))
+            run_policy_step()
+            taken = dict(zip(POLICY_METRICS, report.tolist(), strict=True))
             if args.beta_schedule == "adaptive":  # NOTE: a rejected step was too long, though its KL reads 0
-                beta = adapted_beta(beta, policy_step["kl"] or math.inf, args.max_kl)
+                beta = adapted_beta(beta, taken["kl"] or math.inf, args.max_kl)
 
             # ---- critic: passes of minibatches on the lambda-returns; the advantages above are those of the old one --
             metrics.zero_()
             for _ in range(args.vf_epochs):
-                for index in torch.randperm(B, generator=rng).to(device).view(-1, M):
-                    update_critic(index)
+                order.copy_(torch.randperm(B, generator=rng).view(-1, M))
+                run_critic_epoch()
             if not first_rollout:
                 agent.update_normalisers(rollout)
             global_step += steps
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------
             value_loss, vf_grad_norm = (metrics / (args.vf_epochs * args.num_minibatches)).tolist()
-            checked = {"value_loss": value_loss, "gradient_norm": policy_step["gradient_norm"]}
+            checked = {"value_loss": value_loss, "gradient_norm": taken["gradient_norm"]}
             for key, x in checked.items():
                 if not math.isfinite(x):
                     raise RunFailed(f"{key} is {x} at step {global_step}")
             iteration_time, wall_time = time.time() - wall_start - wall_time, time.time() - wall_start
             log.row(
                 global_step=global_step, wall_time=wall_time, sps=steps / iteration_time, **actors.statistics(),
-                policy_loss=-policy_step["improvement"], value_loss=value_loss, vf_grad_norm=vf_grad_norm,
+                policy_loss=-taken["improvement"], value_loss=value_loss, vf_grad_norm=vf_grad_norm,
                 entropy=agent.dist.entropy(data["policy"]).mean().item(),
                 explained_variance=explained_variance(data["value"][valid], data["return"][valid]),
                 learning_rate=args.vf_learning_rate,
-                **{key if key == "kl" else f"trpo/{key}": x for key, x in policy_step.items()},
+                **{key if key == "kl" else f"trpo/{key}": x for key, x in taken.items()},
                 **{"trpo/beta": coef["beta"].item(), "trpo/penalty_coefficient_of_the_bound": bound},
             )  # fmt: skip
             passed = global_step // args.checkpoint_every > (global_step - steps) // args.checkpoint_every
@@ -960,13 +978,13 @@ def stop_signals():
             signal.signal(number, old)
 
 
-def compiled(update):
+def compiled(update, device):
     """torch.compile(update) as one graph, gradient included; in this process, without a pool of compiler processes."""
     import torch._inductor.config  # imported here: not needed, and slow, without --compile
 
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad be part of the graph
     torch._inductor.config.compile_threads = 1
-    torch._inductor.config.cpp_wrapper = True  # call the kernels from C++: 175 instead of 215 us a minibatch
+    torch._inductor.config.cpp_wrapper = device.type == "cpu"  # C++ calls the kernels: 175, not 215 us a minibatch
     torch._inductor.config.size_asserts = False
     torch._inductor.config.cpp.use_decompose_tanh = True  # another tenth; the error is 2e-7
     return torch.compile(update, fullgraph=True, dynamic=False)
@@ -976,6 +994,44 @@ def unguarded(is_compiled):
     """A context in which compiled code does not check before each call that nothing it was compiled for has changed:
     within a run nothing does, and the checks take 7 of a minibatch's 157 us."""
     return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if is_compiled else contextlib.nullcontext()
+
+
+class CudaGraph:
+    """A function without arguments or random numbers, whose tensors never move, as one launch instead of thousands.
+
+    Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
+    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
+    back, and nothing of the Python runs any more: what changes from call to call must be in tensors."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 2:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self.calls == 3:
+            with torch.cuda.graph(self.graph):  # records, does not run
+                self.function()
+        self.graph.replay()
+
+
+def announce_cuda(parameters, minibatch):
+    """Say in one line what --cuda does with this much work, and when it is not worth it."""
+    text = f"{SCRIPT}.py: --cuda: {parameters} parameters, minibatches of {minibatch}: updates run as CUDA graphs"
+    if minibatch < 1024:
+        text += "; with minibatches this small a CPU core may be as fast, compare steps/s with --no-cuda"
+    print(text, file=sys.stderr)
+
+
+def graphed(function, device):
+    """The function, as a CUDA graph where there is a GPU."""
+    return CudaGraph(function) if device.type == "cuda" else function
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

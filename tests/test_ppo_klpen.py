@@ -225,7 +225,11 @@ def test_compiled_equals_eager_and_reads_beta(space):
     results = []
     for compiled in (False, True):
         agent = make_agent(space)
-        step = ppo_klpen.compiled(ppo_klpen.minibatch_update) if compiled else ppo_klpen.minibatch_update
+        step = (
+            ppo_klpen.compiled(ppo_klpen.minibatch_update, torch.device("cpu"))
+            if compiled
+            else ppo_klpen.minibatch_update
+        )
         data, adam, metrics = make_batch(agent, B=1024), make_adam(agent), torch.zeros(5)
         rng = torch.Generator().manual_seed(0)
         for beta in (1.0, 2.0, 100.0):

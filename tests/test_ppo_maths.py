@@ -209,7 +209,9 @@ def test_compiled_equals_eager(space):
     results = []
     for compiled in (False, True):
         agent = make_agent(space)
-        step = ppo_clip.compiled(ppo_clip.minibatch_update) if compiled else ppo_clip.minibatch_update
+        step = (
+            ppo_clip.compiled(ppo_clip.minibatch_update, torch.device("cpu")) if compiled else ppo_clip.minibatch_update
+        )
         data, adam, metrics = make_batch(agent, B=2048), make_adam(agent), torch.zeros(6)
         rng = torch.Generator().manual_seed(0)
         for iteration in range(3):

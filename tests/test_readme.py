@@ -9,7 +9,9 @@ from conftest import ROOT, SCRIPTS
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name,table", [("learning", "table"), ("multiagent", "table"), ("multiagent", "strength_table")])
+@pytest.mark.parametrize(
+    "name,table", [("learning", "table"), ("multiagent", "table"), ("multiagent", "strength_table")]
+)
 def test_tables_are_made_from_the_stored_curves(name, table):
     spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmark/{name}.py")
     benchmark = importlib.util.module_from_spec(spec)

@@ -365,7 +365,7 @@ def test_compiled_critic_equals_eager():
     results = []
     for compiled in (False, True):
         agent = make_agent()
-        step = trpo.compiled(trpo.minibatch_update) if compiled else trpo.minibatch_update
+        step = trpo.compiled(trpo.minibatch_update, torch.device("cpu")) if compiled else trpo.minibatch_update
         data = make_batch(agent, 1024)
         data = {key: data[key] for key in ("obs", "return", "weight")}
         adam, metrics = batches.make_adam(trpo, agent.critic), torch.zeros(2)
