@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -90,11 +91,11 @@ def trpo_rows(device):
         agent = hopper_agent(script, device)
         params = script.flatten_parameters(agent.policy_parameters())
         data, args, old = batch_on(script, agent, device), script.Args(), params.clone()
-        max_kl, beta = torch.tensor(0.02, device=device), torch.tensor(1.0, device=device)
+        scalars = torch.tensor([args.max_kl, args.beta], device=device).unbind()
 
-        def step(agent=agent, params=params, data=data, args=args, old=old):
+        def step(agent=agent, params=params, data=data, args=args, old=old, scalars=scalars):
             params.copy_(old)  # always from the same place
-            script.policy_update(agent, params, data, max_kl, beta, args)
+            script.policy_update(agent, params, data, *scalars, args)
 
         run = script.graphed(step, device) if mode == "captured" else step
         for _ in range(4):
