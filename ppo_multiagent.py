@@ -44,7 +44,8 @@ Commands:
     python ppo_multiagent.py --env-id gymnasium_robotics.mamujoco_v1 --no-share-params --num-envs 8 --num-steps 256 \
         --env-kwargs '{"scenario": "HalfCheetah", "agent_conf": "2x3"}' --num-minibatches 32 --learning-rate 3e-4
 
-EXPECT
+Expect (README: seeds), returns summed over agents: simple_spread -65 (MAPPO) and -69 (IPPO) at 100k steps, -58 to -59 at
+550k, random play -80; connect_four after 2M moves, 3 minutes on a core: 0.97 against random play, 0.5-0.66 against MCTS-50.
 
 Shapes: T steps, N envs, B = T*N, M minibatch, G agents, P learners (1 or G), D observation, S state, A actions.
 """

@@ -34,6 +34,7 @@ STUDIES = {  # name: command, environments, seeds, flags
     "sb3_trpo": ("sb3.py trpo", HOPPER, FIVE, []),
     "trpo_max": ("trpo_continuous.py", HOPPER, THREE, ["--kl-constraint", "max", "--max-kl", 0.2]),
     "trpo_penalized": ("trpo_continuous.py", HOPPER, THREE, ["--form", "penalized", "--beta-schedule", "adaptive"]),
+    "trpo_0.01_cg15": ("trpo_continuous.py", HOPPER, FIVE, ["--max-kl", 0.01, "--cg-iters", 15]),
     "trpo_max_kl_0.01": ("trpo_continuous.py", HOPPER, OTHERS, ["--max-kl", 0.01]),
     "trpo_max_kl_0.02": ("trpo_continuous.py", HOPPER, OTHERS, ["--max-kl", 0.02]),
     "trpo_max_kl_0.04": ("trpo_continuous.py", HOPPER, OTHERS, ["--max-kl", 0.04]),

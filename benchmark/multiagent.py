@@ -108,11 +108,14 @@ def cell(values):
 
 
 def table():
-    lines = ["| run | steps | return, summed over agents: mean (seeds) |", "| --- | ---: | --- |"]
+    """Returns at 100k and 550k steps and at a run's end, where the study has that many."""
+    lines = ["| return | at 100,000 steps | at 550,000 | at the end |", "| --- | --- | --- | --- |"]
     for study, (_, steps) in STUDIES.items():
         runs = sorted((RESULTS / study).glob("[0-9].csv"))
-        for step in steps if runs else ():
-            lines.append(f"| {study} | {step:,} | {cell([return_at(path, step) for path in runs])} |")
+        if runs and steps:
+            cells = [cell([return_at(path, at) for path in runs]) if at in steps else "" for at in (100_000, 550_000)]
+            last = [return_at(path, steps[-1]) for path in runs]
+            lines.append(f"| {study} | {' | '.join(cells)} | {cell(last)} at {steps[-1]:,} |")
     return "\n".join(lines)
 
 
