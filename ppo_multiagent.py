@@ -37,15 +37,15 @@ Agent.update_normalisers); observations are scaled by running statistics that ar
 Commands:
     python ppo_multiagent.py                                      # MAPPO, built-in simple_spread, 1M steps
     python ppo_multiagent.py --algorithm ippo --no-share-params
-    python ppo_multiagent.py --algorithm selfplay --total-timesteps 5000000      # built-in connect_four, 3 minutes
+    python ppo_multiagent.py --algorithm selfplay --total-timesteps 5000000      # built-in connect_four, 4 minutes
     python ppo_multiagent.py --evaluate RUN --opponent mcts-50 --eval-episodes 200     # needs open_spiel; or: random,
     python ppo_multiagent.py --evaluate RUN --opponent pool                            # RUN2, pool (Elo table, elo.png)
     python ppo_multiagent.py --env-id mpe2.simple_speaker_listener_v4 --no-share-params     # any PettingZoo environment
-    python ppo_multiagent.py --env-id gymnasium_robotics.mamujoco_v1 --no-share-params --num-envs 8 --num-steps 256 \
-        --env-kwargs '{"scenario": "HalfCheetah", "agent_conf": "2x3"}' --num-minibatches 32 --learning-rate 3e-4
+    python ppo_multiagent.py --env-id gymnasium_robotics.mamujoco_v1 --no-share-params --num-envs 8 --num-steps 256
+        (with --env-kwargs '{"scenario": "HalfCheetah", "agent_conf": "2x3"}' --num-minibatches 32 --learning-rate 3e-4)
 
-Expect (README: seeds), returns summed over agents: simple_spread -65 (MAPPO) and -69 (IPPO) at 100k steps, -58 to -59 at
-550k, random play -80; connect_four after 2M moves, 3 minutes on a core: 0.97 against random play, 0.5-0.66 against MCTS-50.
+Expect (README: seeds), returns summed over agents: simple_spread -65 (MAPPO) and -69 (IPPO) at 100k steps, -58 to -59
+at 550k, random play -80; connect_four after 2M moves (2 minutes): 0.97 against random play, 0.5-0.66 against MCTS-50.
 
 Shapes: T steps, N envs, B = T*N, M minibatch, G agents, P learners (1 or G), D observation, S state, A actions.
 """
@@ -1417,6 +1417,8 @@ def evaluate(args) -> dict:
     """
     path = checkpoint_path(args.evaluate)
     torch.set_num_threads(1)
+    if args.capture_video and args.env_id in WORLDS | GAMES:
+        raise UserError(f"{args.env_id} is built in and draws nothing; --env-id mpe2.simple_spread_v3 does")
     agent, checkpoint = load_agent(path, args.env_id)
     if args.algorithm == "selfplay":
         if args.opponent == "pool":
@@ -1480,10 +1482,8 @@ def rate_pool(args, agent, checkpoint, folder):
     against each snapshot, and everyone's Elo rating; elo.png in the run folder."""
     import matplotlib.figure  # slow, and of no use to training
 
-    rng, game = (
-        torch.Generator().manual_seed(args.seed),
-        make_game(args.env_id, args.eval_episodes, torch.device("cpu")),
-    )
+    rng = torch.Generator().manual_seed(args.seed)
+    game = make_game(args.env_id, args.eval_episodes, torch.device("cpu"))
     steps, players = [x["global_step"] for x in checkpoint["pool"][1]], []
     for snapshot in [x["policy"] for x in checkpoint["pool"][1]] + [agent.state_dict()]:
         players.append(copy.deepcopy(agent))

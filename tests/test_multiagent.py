@@ -527,7 +527,9 @@ def test_self_play_gets_stronger_and_all_opponents_can_be_played(tmp_path, capsy
         scores[opponent] = json.loads(capsys.readouterr().out)
     assert scores["random"]["mean"] > 0.7 and 0.3 < scores[str(tmp_path)]["mean"] < 0.7
     assert scores["pool"]["elo"][-1] > 50 and (tmp_path / "elo.png").exists()
-    assert ma.main(["--evaluate", str(tmp_path), "--opponent", "nobody"]) == 2
+    capsys.readouterr()
+    for flags, message in ((["--opponent", "nobody"], "no checkpoint nobody"), (["--capture-video"], "draws nothing")):
+        assert ma.main(["--evaluate", str(tmp_path), *flags]) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
