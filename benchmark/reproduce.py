@@ -7,7 +7,7 @@
 A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv gets a run's
 rows (about 100 points) when it is done: script, setting, env, seed, step, episodic_return, kl, learning_rate.
 STUDY.json says with which versions and on which machine. What is in the csv is never run again, so a study can be
-carried from machine to machine.
+carried from machine to machine; nor is a run that another study, or learning.py, has already stored: it is copied.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import learning
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -67,10 +68,16 @@ def trpo(name, *flags):
     return Setting(name, "trpo_continuous.py", flags)
 
 
+# Flags that are defaults are left out: so the same run in two studies has the same command, and is run once.
 TABLE1 = [clip("no clipping or penalty", "--no-clip")]
-TABLE1 += [clip(f"clipping, eps = {eps}", "--clip-coef", eps) for eps in (0.1, 0.2, 0.3)]
-TABLE1 += [klpen(f"adaptive KL, d_target = {d}", "--kl-target", d) for d in (0.003, 0.01, 0.03)]
-TABLE1 += [klpen(f"fixed KL, beta = {b}", "--beta-schedule", "fixed", "--beta-init", b) for b in (0.3, 1, 3, 10)]
+TABLE1 += [clip(f"clipping, eps = {eps}", *(("--clip-coef", eps) if eps != 0.2 else ())) for eps in (0.1, 0.2, 0.3)]
+TABLE1 += [
+    klpen(f"adaptive KL, d_target = {d}", *(("--kl-target", d) if d != 0.01 else ())) for d in (0.003, 0.01, 0.03)
+]
+TABLE1 += [
+    klpen(f"fixed KL, beta = {b}", "--beta-schedule", "fixed", *(("--beta-init", b) if b != 1 else ()))
+    for b in (0.3, 1, 3, 10)
+]
 ADAPTIVE = ("--lr-schedule", "kl-adaptive")
 LR = [clip("linear"), clip("constant", "--lr-schedule", "constant"), clip("kl-adaptive, band 1.5", *ADAPTIVE)]
 LR += [clip("kl-adaptive, band 1 (the notes)", *ADAPTIVE, "--kl-lr-band", 1)]
@@ -103,6 +110,24 @@ def read(study, results):
             for row in csv.DictReader(file):
                 runs.setdefault((row["setting"], row["env"], int(row["seed"])), []).append(row)
     return runs
+
+
+def stored_elsewhere(study, results, setting, env, seed, steps):
+    """The rows of the same command (script, flags, environment, seed, steps) that another study or learning.py has
+    stored, or None."""
+    found = []
+    for name, other in STUDIES.items():
+        for twin in other.settings:
+            if name != study and (twin.script, twin.flags, twin.env) == (setting.script, setting.flags, setting.env):
+                rows = read(name, results).get((twin.name, env, seed), [])
+                found.append([row | {"global_step": row["step"]} for row in rows])
+    for name, (script, _, _, flags) in learning.STUDIES.items():
+        path = learning.RESULTS / name / f"{env}__{seed}.csv"
+        if (script, tuple(flags), "{}") == (setting.script, setting.flags, setting.env) and path.exists():
+            with open(path) as file:
+                found.append(list(csv.DictReader(file)))
+    last = [(rows, int(rows[-1]["global_step"])) for rows in found if rows]
+    return next((rows for rows, step in last if steps <= step < steps + 8192), None)  # 8192: one iteration, surely
 
 
 def store(study, results, setting, env, seed, progress):
@@ -165,6 +190,10 @@ class Run:
 
 def reproduce(name, study, workers, results, folder):
     """Run what is missing of a study, `workers` at a time. Returns the number of runs that failed."""
+    for run in study.runs():
+        rows = (run[0].name, *run[1:]) not in read(name, results) and stored_elsewhere(name, results, *run, study.steps)
+        if rows:
+            store(name, results, *run, rows)
     stored = read(name, results)
     todo = [Run(name, study.steps, folder, *run) for run in study.runs() if (run[0].name, *run[1:]) not in stored]
     total, failed, running = len(todo), 0, []

@@ -59,6 +59,22 @@ def test_a_killed_grid_goes_on_without_repeating_finished_runs(tmp_path):
     assert all(80 <= len(rows) <= 200 or len(rows) == 10 for rows in stored.values())
 
 
+def test_a_run_that_another_study_has_is_copied(tmp_path):
+    """TRPO with default flags stands in two studies; a row that no run could give shows where it came from."""
+    other = next(s for s in reproduce.STUDIES["figure3"].settings if s.script == "trpo_continuous.py")
+    row = {"global_step": 2048, "episodic_return": 12345, "kl": 0, "learning_rate": 0}
+    reproduce.store("figure3", tmp_path / "results", other, "Hopper-v4", 1, [row])
+    study = reproduce.STUDIES["trpo-forms"]
+    same = next(s for s in study.settings if (s.script, s.flags) == (other.script, other.flags))
+    only = dataclasses.replace(study, settings=(same,), envs=("Hopper-v4",), seeds=1, steps=2048)
+    assert reproduce.reproduce("trpo-forms", only, 1, tmp_path / "results", tmp_path / "runs") == 0
+    rows = reproduce.read("trpo-forms", tmp_path / "results")[same.name, "Hopper-v4", 1]
+    assert [(r["step"], r["episodic_return"]) for r in rows] == [("2048", "12345")]
+    assert not (tmp_path / "runs").exists()
+    shorter = dataclasses.replace(only, steps=20480)
+    assert reproduce.stored_elsewhere("trpo-forms", tmp_path / "results", same, "Hopper-v4", 1, shorter.steps) is None
+
+
 def test_time_limits_become_ends():
     import gymnasium as gym
 
