@@ -66,13 +66,16 @@ def main():
     parser.add_argument("--total-timesteps", type=int, default=1_000_000)
     parser.add_argument("--num-envs", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=256)
+    parser.add_argument("--gamma", type=float, default=0.99)
+    parser.add_argument("--gae-lambda", type=float, default=0.95)
     parser.add_argument("--cg-iters", type=int, default=15, help="TRPO's conjugate-gradient iterations")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", required=True)
     args = parser.parse_args()
     envs = DummyVecEnv([lambda: Monitor(gym.make(args.env_id)) for _ in range(args.num_envs)])
-    envs = VecNormalize(envs, gamma=0.99)
-    same = {"n_steps": args.num_steps, "gamma": 0.99, "gae_lambda": 0.95, "seed": args.seed, "device": args.device}
+    envs = VecNormalize(envs, gamma=args.gamma)
+    same = {"n_steps": args.num_steps, "gamma": args.gamma, "gae_lambda": args.gae_lambda}
+    same |= {"seed": args.seed, "device": args.device}
     if args.algorithm == "ppo":
         model = PPO(
             "MlpPolicy", envs, batch_size=64, n_epochs=10, clip_range=0.2, ent_coef=0.0, vf_coef=0.5, max_grad_norm=0.5,
