@@ -117,6 +117,7 @@ class Contenders:
 
     def trpo(self):
         one, two, script = {0}, {0, 1}, "trpo_continuous.py"
+        sixteen = ["--num-envs", 16, "--num-steps", 128]
         same = ["--cg-iters", 10, "--fvp-subsample", 1, "--vf-epochs", 20, "--num-minibatches", 16]
         envpool = [*same, "--compile", "--vectorization", "envpool"]
         return {
@@ -125,6 +126,8 @@ class Contenders:
             "trpo_continuous.py, sync, 1 core": lambda: self.ours(script, one, *same, "--compile"),
             "trpo_continuous.py, sync, 1 core, --no-compile": lambda: self.ours(script, one, *same, "--no-compile"),
             "trpo_continuous.py, EnvPool, 2 cores": lambda: self.ours(script, two, *envpool),
+            "sb3-contrib TRPO, 1 core, 16 x 128": lambda: self.sb3("trpo", "--cg-iters", 10, *sixteen),
+            "trpo_continuous.py, EnvPool, 2 cores, 16 x 128": lambda: self.ours(script, two, *envpool, *sixteen),
         }
 
 
