@@ -34,6 +34,16 @@ PAPER = {  # PPO paper, Table 1
     "adaptive KL, d_target = 0.003": 0.68, "adaptive KL, d_target = 0.01": 0.74, "adaptive KL, d_target = 0.03": 0.71,
     "fixed KL, beta = 0.3": 0.62, "fixed KL, beta = 1": 0.71, "fixed KL, beta = 3": 0.72, "fixed KL, beta = 10": 0.69,
 }  # fmt: skip
+FIGURE3 = {  # PPO paper, Figure 3 (v1): the curves' ends, as Tianshou's authors read them off
+    "PPO (clip)": {
+        "HalfCheetah-v4": 1800, "Hopper-v4": 2330, "InvertedDoublePendulum-v4": 8000, "InvertedPendulum-v4": 1000,
+        "Reacher-v4": -7, "Swimmer-v4": 108, "Walker2d-v4": 3460,
+    },
+    "TRPO": {
+        "HalfCheetah-v4": 0, "Hopper-v4": 2100, "InvertedDoublePendulum-v4": 200, "InvertedPendulum-v4": 1000,
+        "Reacher-v4": -115, "Swimmer-v4": 121, "Walker2d-v4": 1100,
+    },
+}  # fmt: skip
 
 
 # ---- studies of reproduce.py -----------------------------------------------------------------------------------------
@@ -83,18 +93,23 @@ def table(study, results):
         cells = [setting]
         for env in envs:
             x = list(found.get((setting, env), {}).values())
-            spread = f" ± {statistics.stdev(x):.0f}" if len(x) > 1 else ""
-            cells.append(f"{statistics.fmean(x):.0f}{spread} ({len(x)})" if x else "")
+            digits = 0 if x and abs(statistics.fmean(x)) >= 100 else 1
+            spread = f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else ""
+            cells.append(f"{statistics.fmean(x):.{digits}f}{spread} ({len(x)})" if x else "")
         if scores:
             x = list(scores.get(setting, {}).values())
             cells.append(f"{statistics.fmean(x):.2f}, {'-'.join(f'{v:.2f}' for v in interval(x))}" if x else "")
             cells.append(f"{PAPER[setting]:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
+    if study == "figure3":
+        for setting, ends in FIGURE3.items():
+            lines.append(f"| the paper's {setting} | {' | '.join(str(ends[env]) for env in envs)} |")
     return "\n".join(lines)
 
 
 def curves(study, results):
-    """One panel per environment: mean over seeds of every setting, and the range of its seeds."""
+    """One panel per environment: mean over seeds of every setting, and the range of its seeds. figure3: dashed, where
+    the paper's curve ends."""
     runs, settings = read(study, results), [s.name for s in STUDIES[study].settings]
     envs = [env for env in STUDIES[study].envs if any(e == env for _, e, _ in runs)]
     columns = min(4, len(envs))
@@ -108,6 +123,8 @@ def curves(study, results):
             steps = np.array([float(row["step"]) for row in series[0]])
             y = [np.interp(steps, *np.array([(r["step"], r["episodic_return"]) for r in x], float).T) for x in series]
             axis.plot(steps, np.mean(y, 0), color=f"C{i}" if i < 10 else "k", label=setting)
+            if study == "figure3":
+                axis.axhline(FIGURE3[setting][env], color=f"C{i}", ls="--", lw=1)
             axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=f"C{i}" if i < 10 else "k", alpha=0.15, lw=0)
         axis.set_title(env, fontsize=10)
     for axis in list(axes.flat)[len(envs) :]:
