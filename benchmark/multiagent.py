@@ -26,6 +26,7 @@ LISTENER = ["--env-id", "mpe2.simple_speaker_listener_v4", "--no-share-params", 
 CHEETAH = ["--env-id", "gymnasium_robotics.mamujoco_v1", "--no-share-params", "--num-envs", 8, "--num-steps", 256]
 CHEETAH += ["--env-kwargs", '{"scenario": "HalfCheetah", "agent_conf": "2x3"}', "--num-minibatches", 32]
 CHEETAH += ["--learning-rate", 3e-4, "--ent-coef", 0, "--max-grad-norm", 0.5]
+SPREAD = ["--total-timesteps", 10_000_000, "--hidden-size", 128]
 SELFPLAY = ["--algorithm", "selfplay", "--total-timesteps", 5_000_000]
 SEEDS = range(1, 4)
 STUDIES = {  # name: flags, the steps at which the table reads the return
@@ -36,8 +37,9 @@ STUDIES = {  # name: flags, the steps at which the table reads the return
     "mappo_listener": ([*LISTENER, "--total-timesteps", 220_000], (220_000,)),
     "mappo_reference": (["--env-id", "mpe2.simple_reference_v3", "--total-timesteps", 190_000], (190_000,)),
     "mappo_cheetah": (CHEETAH, (1_000_000,)),
-    "mappo_spread": (["--total-timesteps", 10_000_000], (100_000, 550_000, 10_000_000)),
-    "ippo_spread": (["--algorithm", "ippo", "--total-timesteps", 10_000_000], (100_000, 550_000, 10_000_000)),
+    "mappo_spread": (SPREAD, (100_000, 550_000, 10_000_000)),
+    "ippo_spread": (["--algorithm", "ippo", *SPREAD], (100_000, 550_000, 10_000_000)),
+    "mappo_spread_20M": ([*SPREAD, "--total-timesteps", 20_000_000], (100_000, 550_000, 20_000_000)),
 }
 
 

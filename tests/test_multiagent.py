@@ -184,7 +184,7 @@ REAL = [("mpe2.simple_speaker_listener_v4", ["--no-share-params"]), ("mpe2.simpl
 
 @pytest.mark.parametrize("env,flags", REAL)
 def test_real_pettingzoo_environments_train_and_resume(env, flags, tmp_path, capsys):
-    flags = ["--env-id", env, *flags, "--num-envs", 2, "--checkpoint-every", 100, "--total-timesteps", 200]
+    flags = ["--env-id", env, *flags, "--num-envs", 4, "--checkpoint-every", 100, "--total-timesteps", 200]
     train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--stop-at-step", 100)
     assert ma.main(["--resume", str(tmp_path / "parts")]) == 0
