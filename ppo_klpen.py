@@ -53,7 +53,7 @@ Commands:
 
 Expect, at 1M steps with default flags (README: seeds and spreads): Hopper-v4 1600-2500, Walker2d-v4 1500-3800,
 HalfCheetah-v4 1500-4100. At the same KL the penalty keeps the policy's standard deviation larger than clipping does,
-and a hopper that explores more falls more, unless it looks further ahead: 3100-3500 with --gamma 0.995.
+and a hopper that explores more falls more, unless it looks further ahead: 3000-3600 with --gamma 0.995.
 
 Shapes: T steps, N envs, B = T*N, M minibatch, D observation, A action, P numbers that describe pi(.|s).
 """
