@@ -46,7 +46,7 @@ Commands:
         (with --env-kwargs '{"scenario": "HalfCheetah", "agent_conf": "2x3"}' --num-minibatches 32 --learning-rate 3e-4)
 
 Expect (README: seeds), returns summed over agents: simple_spread -59 at 100k steps and -55 at 550k, the end of a run;
--33 after 10M with --hidden-size 128; random play -80. connect_four after 2M moves (2 minutes): 0.97 against random
+-32 after 10M with --hidden-size 128; random play -80. connect_four after 2M moves (2 minutes): 0.97 against random
 play, 0.5-0.66 against MCTS-50.
 
 Shapes: T steps, N envs, B = T*N, M minibatch, G agents, P learners (1 or G), D observation, S state, A actions.
