@@ -394,7 +394,7 @@ def explained_variance(value, target):
 
 
 def empty_batch(agent, obs_dim, B):
-    """What one iteration learns from, as zeros; see klpen_loss."""
+    """What one iteration learns from, as zeros; see the loss."""
     action = torch.zeros(B, dtype=torch.long) if agent.discrete else torch.zeros(B, agent.action_dim)
     scalars = {key: torch.zeros(B) for key in ("logprob", "value", "advantage", "return", "weight")}
     return {"obs": torch.zeros(B, obs_dim), "action": action, "policy": torch.zeros(B, agent.policy_dim)} | scalars

@@ -2,6 +2,7 @@
 
     python benchmark/learning.py run --workers 2     # what is missing in benchmark/results/ is run, one thread a run
     python benchmark/learning.py table               # from the stored curves alone
+    python benchmark/learning.py details             # how each stored run ended; runs that chose a default, too
 
 One csv per run: our progress.csv as it is, and the same first columns from benchmark/sb3.py. The baselines need the
 virtual environment that benchmark/speed.py makes (.venv-sb3).
@@ -44,6 +45,7 @@ STUDIES = {  # name: command, environments, seeds, flags
     "trpo_max_kl_0.02": ("trpo_continuous.py", HOPPER, OTHERS, ["--gamma", 0.99, "--max-kl", 0.02]),
     "trpo_max_kl_0.04": ("trpo_continuous.py", HOPPER, OTHERS, ["--gamma", 0.99, "--max-kl", 0.04]),
 }
+ENDED = ("episodic_return", "episodic_length", "entropy")
 
 
 def train(study, env_id, seed):
@@ -96,16 +98,33 @@ def table():
     return "\n".join(lines)
 
 
+def details():
+    """One line per stored run: last return, episode length and entropy (not of the baselines); TRPO: share of steps
+    that the line search shortened, and number that it rejected."""
+    lines = []
+    for study in STUDIES:
+        for path in sorted((RESULTS / study).glob("*.csv")):
+            with open(path) as file:
+                rows = list(csv.DictReader(file))
+            ended = [f"{key} {float(rows[-1][key]):.2f}" for key in ENDED if key in rows[-1]]
+            if steps := [float(row["line_search_step"]) for row in rows if "line_search_step" in row]:
+                ended += [
+                    f"shortened {sum(x > 0 for x in steps) / len(steps):.3f}, rejected {sum(x < 0 for x in steps)}"
+                ]
+            lines.append(f"{study} {path.stem}: {', '.join(ended)}")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "details"))
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     if args.action == "run":
         jobs = [(s, e, k) for s, (_, envs, seeds, _) in STUDIES.items() for e in envs for k in seeds]
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda job: train(*job), jobs))
-    print(table())
+    print(details() if args.action == "details" else table())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ CHEETAH = ["--env-id", "gymnasium_robotics.mamujoco_v1", "--no-share-params", "-
 CHEETAH += ["--env-kwargs", '{"scenario": "HalfCheetah", "agent_conf": "2x3"}', "--num-minibatches", 32]
 CHEETAH += ["--learning-rate", 3e-4, "--ent-coef", 0, "--max-grad-norm", 0.5]
 SPREAD = ["--total-timesteps", 10_000_000, "--hidden-size", 128]
+ONE = ["--total-timesteps", 550_000, "--num-minibatches", 1]
 SELFPLAY = ["--algorithm", "selfplay", "--total-timesteps", 5_000_000]
 SEEDS = range(1, 4)
 STUDIES = {  # name: flags, the steps at which the table reads the return
@@ -34,6 +35,8 @@ STUDIES = {  # name: flags, the steps at which the table reads the return
     "selfplay_latest_only": ([*SELFPLAY, "--latest-prob", 1], ()),
     "mappo_spread_550k": (["--total-timesteps", 550_000], (100_000, 550_000)),
     "ippo_spread_550k": (["--algorithm", "ippo", "--total-timesteps", 550_000], (100_000, 550_000)),
+    "mappo_spread_one_minibatch": (ONE, (100_000, 550_000)),
+    "ippo_spread_one_minibatch": (["--algorithm", "ippo", *ONE], (100_000, 550_000)),
     "mappo_listener": ([*LISTENER, "--total-timesteps", 220_000], (220_000,)),
     "mappo_reference": (["--env-id", "mpe2.simple_reference_v3", "--total-timesteps", 190_000], (190_000,)),
     "mappo_cheetah": (CHEETAH, (1_000_000,)),
