@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -221,7 +222,9 @@ def reproduce(name, study, workers, results, folder):
             bar.update(min(finished + sum(run.step() for run in running + todo), bar.total) - bar.n)
     finally:
         for run in running:
-            run.process.terminate()
+            run.process.terminate()  # it ends with a checkpoint
+        for run in running:
+            run.process.wait()
         bar.close()
     return failed
 
@@ -243,6 +246,7 @@ def main():
             hours = runs * study.steps / STEPS_PER_SECOND / 3600
             print(f"{name:16}{study.what}: {runs} runs of {study.steps} steps, some {hours:.1f} core hours")
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: the runs are stopped, too
     given = {"seeds": args.seeds, "steps": args.steps, "envs": args.envs and tuple(args.envs)}
     study = dataclasses.replace(STUDIES[args.study], **{key: x for key, x in given.items() if x is not None})
     return 1 if reproduce(args.study, study, args.workers, args.results, args.run_dir) else 0

@@ -1,5 +1,6 @@
 """The benchmark's grids and tables: end to end with tiny runs, resumable, and equal to what is committed."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -22,6 +24,15 @@ TINY = ["--steps", "2048", "--seeds", "1"]
 def command(tmp_path, study, *flags):
     program = [sys.executable, str(ROOT / "benchmark/reproduce.py"), study, *TINY, *flags]
     return [*program, "--results", str(tmp_path / "results"), "--run-dir", str(tmp_path / "runs")]
+
+
+def running(tmp_path):
+    """Scripts in progress whose command line names the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.append(path.read_bytes())
+    return [c for c in found if b"ppo_clip.py" in c and str(tmp_path / "runs").encode() in c]
 
 
 @pytest.mark.parametrize("study", reproduce.STUDIES)
@@ -40,15 +51,22 @@ def test_every_setting_of_every_study_runs(study, tmp_path):
     assert (tmp_path / "results" / f"{study}.png").exists() and (tmp_path / "results" / f"{study}.json").exists()
 
 
-def test_a_killed_grid_goes_on_without_repeating_finished_runs(tmp_path):
+@pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGTERM))
+def test_a_stopped_grid_goes_on_without_repeating_finished_runs(how, tmp_path):
+    """SIGKILL takes the runs with the grid, as a power cut would; SIGTERM goes to the grid alone, which stops them."""
     flags = ["--envs", "Pendulum-v1", "--steps", "20480", "--seeds", "2"]
     process = subprocess.Popen(command(tmp_path, "truncation", *flags), stderr=subprocess.PIPE, start_new_session=True)
     while len(reproduce.read("truncation", tmp_path / "results")) < 1:
         time.sleep(0.05)
         assert process.poll() is None
     time.sleep(3)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert running(tmp_path)
+    if how == signal.SIGKILL:
+        os.killpg(process.pid, how)
+    else:
+        process.terminate()
+    assert process.wait() in (-how, 128 + how)
+    assert how == signal.SIGKILL or not running(tmp_path)
     before = {path: path.stat().st_mtime for path in (tmp_path / "runs").glob("*/*/progress.csv")}
     done = set(reproduce.read("truncation", tmp_path / "results"))
     assert subprocess.run(command(tmp_path, "truncation", *flags), capture_output=True).returncode == 0
