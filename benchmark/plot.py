@@ -107,31 +107,43 @@ def table(study, results):
     return "\n".join(lines)
 
 
+LABELS = {"episodic_return": "return, mean of the last 100 episodes", "kl": "KL(old||new) of an iteration, nats"}
+LABELS |= {"learning_rate": "learning rate"}
+
+
 def curves(study, results):
     """One panel per environment: mean over seeds of every setting, and the range of its seeds. figure3: dashed, where
-    the paper's curve ends."""
+    the paper's curve ends. kl-adaptive-lr: below it the KL, its target dashed, and the learning rate."""
     runs, settings = read(study, results), [s.name for s in STUDIES[study].settings]
     envs = [env for env in STUDIES[study].envs if any(e == env for _, e, _ in runs)]
+    quantities = list(LABELS) if study == "kl-adaptive-lr" else ["episodic_return"]
+    panels = [(quantity, env) for quantity in quantities for env in envs]
     columns = min(4, len(envs))
-    rows = -(-len(envs) // columns)
+    rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
-    for axis, env in zip(axes.flat, envs, strict=False):
+    for axis, (quantity, env) in zip(axes.flat, panels, strict=False):
         for i, setting in enumerate(settings):
             series = [data for (s, e, _), data in sorted(runs.items()) if (s, e) == (setting, env)]
             if not series:
                 continue
             steps = np.array([float(row["step"]) for row in series[0]])
-            y = [np.interp(steps, *np.array([(r["step"], r["episodic_return"]) for r in x], float).T) for x in series]
-            axis.plot(steps, np.mean(y, 0), color=f"C{i}" if i < 10 else "k", label=setting)
+            y = [np.interp(steps, *np.array([(r["step"], r[quantity]) for r in x], float).T) for x in series]
+            colour = f"C{i}" if i < 10 else "k"
+            axis.plot(steps, np.mean(y, 0), color=colour, label=setting, lw=1.5 if quantity == "episodic_return" else 1)
+            axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=colour, alpha=0.15, lw=0)
             if study == "figure3":
-                axis.axhline(FIGURE3[setting][env], color=f"C{i}", ls="--", lw=1)
-            axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=f"C{i}" if i < 10 else "k", alpha=0.15, lw=0)
+                axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1)
+        if quantity == "kl":
+            axis.axhline(0.01, color="k", ls="--", lw=1)
+        if quantity != "episodic_return":
+            axis.set_yscale("log")
         axis.set_title(env, fontsize=10)
-    for axis in list(axes.flat)[len(envs) :]:
+        if axis in axes[:, 0]:
+            axis.set_ylabel(LABELS[quantity], fontsize=9)
+    for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     axes[0, 0].legend(fontsize=7)
     figure.supxlabel("environment steps", fontsize=9)
-    figure.supylabel("return, mean of the last 100 episodes", fontsize=9)
     figure.tight_layout()
     figure.savefig(results / f"{study}.png", dpi=100)
 
