@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results"
 MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
 HOPPER = ("Hopper-v4",)
-FIVE, THREE, OTHERS = range(1, 6), range(1, 4), range(11, 14)  # OTHERS: to choose defaults by
+TEN, FIVE, THREE, OTHERS = range(1, 11), range(1, 6), range(1, 4), range(11, 14)  # OTHERS: to choose defaults by
 STUDIES = {  # name: command, environments, seeds, flags
     "ppo_clip": ("ppo_clip.py", MUJOCO, FIVE, []),
     "sb3_ppo": ("sb3.py ppo", MUJOCO, FIVE, []),
@@ -74,10 +74,10 @@ def train(study, env_id, seed):
 def final_returns(study, env_id):
     """Last episodic_return of every stored run of a study, by seed."""
     finals = {}
-    for path in sorted((RESULTS / study).glob(f"{env_id}__*.csv")):
+    for path in (RESULTS / study).glob(f"{env_id}__*.csv"):
         with open(path) as file:
             finals[int(path.stem.split("__")[1])] = float(list(csv.DictReader(file))[-1]["episodic_return"])
-    return finals
+    return dict(sorted(finals.items()))
 
 
 def cell(values):
