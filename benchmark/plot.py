@@ -120,7 +120,9 @@ def curves(study, results):
     panels = [(quantity, env) for quantity in quantities for env in envs]
     columns = min(4, len(envs))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns + 2, 3.2 * rows), squeeze=False, layout="constrained"
+    )
     for axis, (quantity, env) in zip(axes.flat, panels, strict=False):
         for i, setting in enumerate(settings):
             series = [data for (s, e, _), data in sorted(runs.items()) if (s, e) == (setting, env)]
@@ -138,13 +140,13 @@ def curves(study, results):
         if quantity != "episodic_return":
             axis.set_yscale("log")
         axis.set_title(env, fontsize=10)
+        axis.locator_params(axis="x", nbins=4)
         if axis in axes[:, 0]:
             axis.set_ylabel(LABELS[quantity], fontsize=9)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.supxlabel("environment steps", fontsize=9)
-    figure.tight_layout()
     figure.savefig(results / f"{study}.png", dpi=100)
 
 
