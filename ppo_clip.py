@@ -37,7 +37,7 @@ Commands:
     python ppo_clip.py --evaluate runs/Hopper-v4__ppo_clip__1__20260101-120000 --eval-episodes 20
     python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000      # Discrete actions need no other file
 
-Expect, at 1M steps with default flags (README: seeds and spreads): Hopper-v4 1900-3100, Walker2d-v4 2800-4200,
+Expect, at 1M steps with default flags (README: seeds and spreads): Hopper-v4 1900-3200, Walker2d-v4 1700-4400,
 HalfCheetah-v4 900-4200; CartPole-v1 500 at 200k.
 
 Shapes: T steps, N envs, B = T*N, M minibatch, D observation, A action, P numbers that describe pi(.|s).

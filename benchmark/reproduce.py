@@ -122,7 +122,7 @@ def stored_elsewhere(study, results, setting, env, seed, steps):
             if name != study and (twin.script, twin.flags, twin.env) == (setting.script, setting.flags, setting.env):
                 rows = read(name, results).get((twin.name, env, seed), [])
                 found.append([row | {"global_step": row["step"]} for row in rows])
-    for name, (script, _, _, flags) in learning.STUDIES.items():
+    for name, (script, _, flags) in learning.STUDIES.items():
         path = learning.RESULTS / name / f"{env}__{seed}.csv"
         if (script, tuple(flags), "{}") == (setting.script, setting.flags, setting.env) and path.exists():
             with open(path) as file:
