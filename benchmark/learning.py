@@ -25,7 +25,6 @@ FIVE, THREE = range(1, 6), range(1, 4)
 OTHERS = range(11, 14)  # to choose defaults by
 ALL = dict.fromkeys(MUJOCO, FIVE)
 BESIDE_SB3 = ALL | {"Hopper-v4": range(1, 11), "Walker2d-v4": range(1, 11)}  # five were too few to tell them apart
-TWO = dict.fromkeys(MUJOCO[:2], FIVE)
 CHOICE = dict.fromkeys(MUJOCO[:2], OTHERS[:2])
 HOPPER = {"Hopper-v4": FIVE}
 HOPPER_3 = {"Hopper-v4": THREE}
@@ -34,11 +33,11 @@ STUDIES = {  # name: command, seeds of each environment, flags
     "ppo_clip": ("ppo_clip.py", BESIDE_SB3, []),
     "sb3_ppo": ("sb3.py ppo", BESIDE_SB3, []),
     "ppo_clip_one_env": ("ppo_clip.py", HOPPER, ["--num-envs", 1, "--num-steps", 2048]),
-    "ppo_clip_gamma_0.995": ("ppo_clip.py", TWO, ["--gamma", 0.995]),
+    "ppo_clip_gamma_0.995": ("ppo_clip.py", ALL, ["--gamma", 0.995]),
     "ppo_clip_cartpole": ("ppo_clip.py", {"CartPole-v1": FIVE}, ["--total-timesteps", 200_000]),
     "ppo_klpen": ("ppo_klpen.py", ALL, []),
     "ppo_klpen_fixed_beta": ("ppo_klpen.py", HOPPER_3, ["--beta-schedule", "fixed"]),
-    "ppo_klpen_gamma_0.995": ("ppo_klpen.py", TWO, ["--gamma", 0.995]),
+    "ppo_klpen_gamma_0.995": ("ppo_klpen.py", ALL, ["--gamma", 0.995]),
     "ppo_klpen_constant_lr": ("ppo_klpen.py", HOPPER_OTHERS, ["--lr-schedule", "constant"]),
     "trpo": ("trpo_continuous.py", ALL, []),
     "trpo_gamma_0.99": ("trpo_continuous.py", ALL, ["--gamma", 0.99]),
