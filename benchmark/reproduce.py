@@ -137,8 +137,10 @@ def store(study, results, setting, env, seed, progress):
     every = max(1, len(progress) // 100)
     points = [row for i, row in enumerate(progress) if (len(progress) - 1 - i) % every == 0]
     first = {"script": setting.script, "setting": setting.name, "env": env, "seed": seed}
-    same = {key: None for key in ("episodic_return", "kl", "learning_rate")}
-    runs[setting.name, env, seed] = [first | {"step": row["global_step"]} | {k: row[k] for k in same} for row in points]
+    measured = ("episodic_return", "kl", "learning_rate")
+    runs[setting.name, env, seed] = [
+        first | {"step": row["global_step"]} | {k: row[k] for k in measured} for row in points
+    ]
     results.mkdir(parents=True, exist_ok=True)
     with open(results / f"{study}.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -147,9 +149,14 @@ def store(study, results, setting, env, seed, progress):
             writer.writerows(runs[key])
     os.replace(results / f"{study}.tmp", results / f"{study}.csv")
     versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")}
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
-    about = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu} | versions
+    about = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu_name()} | versions
     (results / f"{study}.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from reproduce import cpu_name
+
 ROOT = Path(__file__).parent.parent
 SB3 = [
     "stable-baselines3==2.9.2",
@@ -153,10 +155,7 @@ def main():
 
     baseline_name, baseline = next(iter(results.items()))
     baseline = statistics.median(r["sps"] for r in baseline)
-    model = next(
-        (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
-    )
-    print(f"\n{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(SB3)}\n")
+    print(f"\n{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(SB3)}\n")
     print(f"| Hopper-v4 | steps/s (median) | range | x {baseline_name.split()[0]} | start-up, s | peak memory, MB |")
     print("| --- | ---: | --- | ---: | ---: | ---: |")
     for name, rows in results.items():
