@@ -1,7 +1,9 @@
 """The README says what the repository does: its tables are those of the stored data, its flags and files exist."""
 
+import importlib
 import importlib.util
 import re
+import statistics
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -17,6 +19,16 @@ def test_tables_are_made_from_the_stored_curves(name, table):
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     assert getattr(benchmark, table)() in README
+
+
+def test_table_1_is_made_from_the_stored_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    plot = importlib.import_module("plot")
+    scores = plot.normalised(plot.finals("ppo-table1", plot.RESULTS), ["Hopper-v4"])
+    here = [f"{statistics.fmean(scores[setting].values()):.2f}" for setting in plot.PAPER]
+    assert f"| here, Hopper-v4 | {' | '.join(here)} |" in README
+    paper = [f"{score:.2f}" for score in plot.PAPER.values()]
+    assert f"| paper, seven environments | {' | '.join(paper)} |" in README
 
 
 def test_the_two_commands():
