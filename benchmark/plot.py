@@ -107,8 +107,11 @@ def table(study, results):
     return "\n".join(lines)
 
 
-LABELS = {"episodic_return": "return, mean of the last 100 episodes", "kl": "KL(old||new) of an iteration, nats"}
-LABELS |= {"learning_rate": "learning rate"}
+LABELS = {
+    "episodic_return": "return, mean of the last 100 episodes",
+    "kl": "KL(old||new) of an iteration, nats",
+    "learning_rate": "learning rate",
+}
 
 
 def curves(study, results):
@@ -131,7 +134,7 @@ def curves(study, results):
             steps = np.array([float(row["step"]) for row in series[0]])
             y = [np.interp(steps, *np.array([(r["step"], r[quantity]) for r in x], float).T) for x in series]
             colour = f"C{i}" if i < 10 else "k"
-            axis.plot(steps, np.mean(y, 0), color=colour, label=setting, lw=1.5 if quantity == "episodic_return" else 1)
+            axis.plot(steps, np.mean(y, 0), color=colour, label=setting)
             axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=colour, alpha=0.15, lw=0)
             if study == "figure3":
                 axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1)
