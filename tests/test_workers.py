@@ -1,0 +1,242 @@
+"""Actors as processes: the same bits whatever their number, and nothing hangs or stays behind when something dies."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HOUSE, ROOT
+from test_contract import rows, run, small_for, tensors
+
+house = pytest.mark.parametrize("name", HOUSE)
+
+
+def children(pid):
+    """Process ids of the living children of a process."""
+    try:
+        return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, process=None, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        assert process is None or process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def started(cli, tmp_path, name, *flags, iterations=3):
+    """A run in a process group of its own, after some iterations, and the process ids of its workers."""
+    small = [*small_for(importlib.import_module(name)), "--total-timesteps", 10_000_000, "--run-dir", "a"]
+    process = cli(name, *small, "--num-workers", 2, *flags, wait=False, start_new_session=True)
+    progress = tmp_path / "a" / "progress.csv"
+    wait_for(lambda: progress.exists() and len(rows(tmp_path / "a")) >= iterations, process)
+    workers = children(process.pid)
+    assert len(workers) == 1  # the first part of the environments is the process's own
+    return process, workers
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+
+@house
+def test_any_number_of_workers_gives_the_same_bits(name, tmp_path):
+    script, results = importlib.import_module(name), []
+    for k in (0, 1, 2, 3, 5, 16):
+        flags = ["--run-dir", tmp_path / str(k), "--num-workers", k, "--num-envs", 5, "--num-steps", 64]
+        flags += ["--total-timesteps", 1280, "--num-minibatches", 5]
+        assert run(script, *flags, small=small_for(script)) == 0
+        results.append(tensors(script, tmp_path / str(k)))
+    assert all(result == results[0] for result in results)
+
+
+@house
+def test_a_run_resumes_with_another_number_of_workers(name, tmp_path):
+    script = importlib.import_module(name)
+    run(script, "--run-dir", tmp_path / "whole", "--num-workers", 0, small=small_for(script))
+    run(script, "--run-dir", tmp_path / "parts", "--num-workers", 2, "--stop-at-step", 512, small=small_for(script))
+    for step, k in ((1024, 0), (1536, 2), (2048, 1)):
+        flags = ["--resume", tmp_path / "parts", "--num-workers", k, "--stop-at-step", step]
+        assert script.main(list(map(str, flags))) == 0
+    assert tensors(script, tmp_path / "parts") == tensors(script, tmp_path / "whole")
+
+
+@house
+def test_the_number_of_workers_is_this_machines_and_not_the_checkpoints(name, tmp_path):
+    script = importlib.import_module(name)
+    run(script, "--run-dir", tmp_path, "--num-workers", 7, small=small_for(script))
+    assert script.parse_args(["--resume", str(tmp_path)]).num_workers == script.CORES >= 1
+
+
+@house
+def test_spawned_workers_give_the_same_bits(name, tmp_path):
+    """macOS and Windows do not fork: everything that a worker needs must survive being sent to it."""
+    script = importlib.import_module(name)
+    flags = [*small_for(script), "--total-timesteps", "512"]
+    assert run(script, *flags, "--run-dir", tmp_path / "forked", "--num-workers", 2) == 0
+    code = f"""
+import multiprocessing, sys
+import {name} as script
+context = multiprocessing.get_context("spawn")
+script.multiprocessing.get_context = lambda method: context
+if __name__ == "__main__":
+    sys.exit(script.main({[*map(str, flags), "--run-dir", "spawned", "--num-workers", "2"]}))
+"""
+    (tmp_path / "spawning.py").write_text(code)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.run(
+        [sys.executable, "spawning.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    assert tensors(script, tmp_path / "spawned") == tensors(script, tmp_path / "forked")
+
+
+# ---- deaths and signals ----------------------------------------------------------------------------------------------
+
+
+@house
+def test_a_killed_worker_ends_the_run_with_one_line(name, tmp_path, cli):
+    process, workers = started(cli, tmp_path, name)
+    before = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["global_step"]
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a worker process died, exit code [-9]" in err.splitlines()[-1] and "Traceback" not in err
+    script = importlib.import_module(name)
+    assert script.load_checkpoint(tmp_path / "a")["global_step"] >= before  # whole, and it goes on:
+    step = script.load_checkpoint(tmp_path / "a")["global_step"] + 128
+    assert script.main(["--resume", str(tmp_path / "a"), "--stop-at-step", str(step)]) == 0
+
+
+@house
+def test_a_killed_parent_leaves_no_orphan_and_no_noise(name, tmp_path, cli):
+    process, workers = started(cli, tmp_path, name)
+    process.kill()
+    _, err = process.communicate(timeout=30)  # ends only when the workers have closed their end of the pipe
+    wait_for(lambda: not any(map(alive, workers)), seconds=10)
+    assert len(err.splitlines()) <= 1, err
+
+
+def test_a_killed_parent_leaves_no_orphan_even_if_an_environment_hangs(tmp_path, cli):
+    flags = ["--env-id", "toy_envs:Broken-step-hang-v0", "--run-dir", "a", "--num-workers", 2, "--no-compile"]
+    process = cli("ppo_clip", *flags, wait=False)
+    wait_for(lambda: children(process.pid), process)
+    time.sleep(1)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for(lambda: not any(map(alive, workers)), seconds=10)
+
+
+@house
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_leaves_a_checkpoint(name, number, tmp_path, cli):
+    process, workers = started(cli, tmp_path, name)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    script = importlib.import_module(name)
+    assert script.load_checkpoint(tmp_path / "a")["global_step"] == int(rows(tmp_path / "a")[-1]["global_step"])
+    assert not any(map(alive, workers))
+
+
+def test_ctrl_c_while_environments_are_made_is_one_line(tmp_path, cli):
+    flags = ["--env-id", "toy_envs:Slow-v0", "--num-workers", 2, "--no-compile"]
+    process = cli("ppo_clip", *flags, wait=False, start_new_session=True)
+    wait_for((tmp_path / "making").exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "ppo_clip.py: interrupted before the first iteration\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["making"]
+
+
+def test_ctrl_c_while_compiling_is_one_line(tmp_path, cli, monkeypatch):
+    """An empty cache, so that the compiler is running, which Ctrl-C reaches as well."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = ["--env-id", "CartPole-v1", "--run-dir", "a", "--num-workers", 2, "--compile"]
+    process = cli("ppo_clip", *flags, wait=False, start_new_session=True)
+    wait_for(lambda: any("cc1plus" in command(pid) for pid in descendants(process.pid)), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert len([x for x in err.splitlines() if "interrupted" in x or "evaluate" in x]) == 1, err
+
+
+def descendants(pid):
+    found = children(pid)
+    return found + [x for child in found for x in descendants(child)]
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+# ---- environments that fail ------------------------------------------------------------------------------------------
+
+FAILURES = [
+    ("Broken-step-raise", "step() raised ZeroDivisionError: a bug (toy_envs.py, line "),
+    ("Broken-step-shape", "step() returned [0. 0. 0.] and 1.0: not finite, or not of shape (1,)"),
+    ("Broken-step-short", "step() returned 0.0 and 1.0: not finite, or not of shape (1,)"),
+    ("Broken-step-nan", "step() returned [nan] and 1.0: not finite"),
+    ("Broken-reset-raise", "reset() raised ZeroDivisionError: a bug (toy_envs.py, line "),
+    ("Broken-reset-shape", "reset() returned the observation [0. 0. 0.]: not finite, or not of shape (1,)"),
+    ("Broken-reset-nan", "reset() returned the observation [nan]: not finite"),
+    ("HugeReward", "step() returned [0.] and inf: not finite"),
+]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("env,message", FAILURES)
+def test_an_environment_that_fails_ends_the_run_with_one_line(env, message, num_workers, tmp_path, capsys):
+    import ppo_clip
+
+    flags = ["--env-id", f"toy_envs:{env}-v0", "--run-dir", tmp_path / "a", "--num-workers", num_workers]
+    assert run(ppo_clip, *flags) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("ppo_clip.py: environment 0, step ") and message in line
+    checkpoint = ppo_clip.load_checkpoint(tmp_path / "a")
+    assert all(x.isfinite().all() for x in checkpoint["agent"].values())
+
+
+def test_the_failing_environment_is_named_also_in_a_worker(tmp_path, capsys, monkeypatch):
+    from toy_envs import Broken
+
+    import ppo_clip
+
+    parent, step = os.getpid(), Broken.step
+    monkeypatch.setattr(
+        Broken, "step", lambda self, x: step(self, x) if os.getpid() != parent else Broken.good(self, x)
+    )
+    flags = ["--env-id", "toy_envs:Broken-step-raise-v0", "--run-dir", tmp_path / "a", "--num-workers", 2]
+    assert run(ppo_clip, *flags, "--num-envs", 4, "--num-steps", 32) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "ppo_clip.py: environment 2, step 30 of the rollout: step() raised ZeroDivisionError: a bug ("
+    )
+
+
+@pytest.mark.parametrize("env,message", [("raise", "__init__() raised ZeroDivisionError: a bug (toy_envs.py, line ")])
+def test_an_environment_that_cannot_be_made(env, message, tmp_path, capsys, monkeypatch):
+    import ppo_clip
+
+    monkeypatch.chdir(tmp_path)
+    assert run(ppo_clip, "--env-id", f"toy_envs:Broken-__init__-{env}-v0") == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
