@@ -538,6 +538,8 @@ class Launcher:
         flags |= {"--total-timesteps": self.args.total_timesteps, "--stop-at-step": self.target(member)}
         flags |= {"--seed": member.seed, "--checkpoint-every": self.args.interval, "--run-dir": self.run_dir / leg}
         flags |= {"--resume": self.checkpoint(member.leg)} if member.leg else {}
+        if "num_workers" in Path(self.args.script).read_text():  # the slots are the processes, unless -- says otherwise
+            flags["--num-workers"] = 0
         flags |= {f"--{name.replace('_', '-')}": x for name, x in self.hyper(member).items()}
         return [str(x) for pair in flags.items() for x in pair] + self.args.script_flags, leg
 
