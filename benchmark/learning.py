@@ -68,9 +68,9 @@ def train(study, env_id, seed):
         command = [ROOT / ".venv-sb3/bin/python", "-W", "ignore", ROOT / "benchmark" / program, algorithm, *new]
         command += ["--csv", where / "progress.csv"]
     elif (where / "checkpoint.pt").exists():
-        command = [sys.executable, ROOT / script, "--resume", where]
+        command = [sys.executable, ROOT / script, "--num-workers", 0, "--resume", where]
     else:
-        command = [sys.executable, ROOT / script, *new, "--run-dir", where]
+        command = [sys.executable, ROOT / script, "--num-workers", 0, *new, "--run-dir", where]
     print(" ".join(map(str, command)), flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([str(x) for x in command], env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

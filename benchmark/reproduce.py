@@ -70,7 +70,7 @@ def trpo(name, *flags):
 
 
 # Flags that are defaults are left out: so the same run in two studies has the same command, and is run once.
-TABLE1 = [clip("no clipping or penalty", "--no-clip")]
+TABLE1 = [clip("no clipping or penalty", "--clip-coef", "inf")]
 TABLE1 += [clip(f"clipping, eps = {eps}", *(("--clip-coef", eps) if eps != 0.2 else ())) for eps in (0.1, 0.2, 0.3)]
 TABLE1 += [
     klpen(f"adaptive KL, d_target = {d}", *(("--kl-target", d) if d != 0.01 else ())) for d in (0.003, 0.01, 0.03)
@@ -171,11 +171,11 @@ class Run:
         self.folder, self.process = folder / study / name, None
 
     def command(self):
-        script = ROOT / self.setting.script
+        script = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
         if (self.folder / "checkpoint.pt").exists():
-            return [sys.executable, script, "--resume", self.folder]
+            return [*script, "--resume", self.folder]
         flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
-        return [sys.executable, script, *flags, "--run-dir", self.folder, *self.setting.flags]
+        return [*script, *flags, "--run-dir", self.folder, *self.setting.flags]
 
     def start(self):
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmark")}

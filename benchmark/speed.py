@@ -1,13 +1,15 @@
 """Steps per second on Hopper-v4 beside Stable-Baselines3, sb3-contrib and the bare environments, in one run:
 
-    python benchmark/speed.py ppo      # ppo_clip.py and ppo_klpen.py beside SB3's PPO
-    python benchmark/speed.py trpo     # trpo_continuous.py beside sb3-contrib's TRPO
+    python benchmark/speed.py ppo       # ppo_clip.py and ppo_klpen.py beside SB3's PPO
+    python benchmark/speed.py trpo      # trpo_continuous.py beside sb3-contrib's TRPO
+    python benchmark/speed.py workers   # collecting with one process and with one for each core, rollout by rollout
 
 All do the same work: N = 8, T = 256, normalised observations and rewards; PPO 10 epochs of 64-sample minibatches;
 TRPO 10 conjugate-gradient iterations on all states and 20 critic epochs of 128-sample minibatches. The contenders take
 turns, `--repeats` times, so that a noisy neighbour disturbs all of them; the table has the medians.
-Steady state is the rate over all iterations but the first five; start-up is what the process took besides them all.
-The baselines run in a virtual environment of their own, made here on first use (.venv-sb3). Quiet cores are up to you.
+Steady state is the rate over all iterations but the first five. Start-up is what the process took beyond all its
+iterations at that rate. The baselines run in a virtual environment of their own, made here on first use (.venv-sb3).
+Quiet cores are up to you.
 """
 
 import argparse
@@ -20,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from reproduce import cpu_name
@@ -34,25 +38,19 @@ SB3 = [
     "numpy==2.4.6",
 ]
 
-BARE_SYNC = """
+BARE = """
 import time, warnings, gymnasium as gym, numpy as np
 warnings.filterwarnings("ignore")
-envs = gym.vector.SyncVectorEnv([lambda: gym.make("Hopper-v4")] * 8)
-envs.reset(seed=0)
-actions = np.random.default_rng(0).normal(size=(4000, 8, 3)).clip(-1, 1).astype(np.float32)
+envs = [gym.make("Hopper-v4", disable_env_checker=True) for _ in range(8)]
+for seed, env in enumerate(envs):
+    env.reset(seed=seed)
+actions = np.random.default_rng(0).normal(size=(3000, 8, 3)).clip(-1, 1).astype(np.float32)
 start = time.perf_counter()
 for action in actions:
-    envs.step(action)
-print(8 * len(actions) / (time.perf_counter() - start))
-"""
-BARE_ENVPOOL = """
-import time, os, envpool, numpy as np
-envs = envpool.make("Hopper-v4", env_type="gymnasium", num_envs=8, num_threads=len(os.sched_getaffinity(0)), seed=0)
-envs.reset()
-actions = np.random.default_rng(0).normal(size=(8000, 8, 3)).clip(-1, 1)
-start = time.perf_counter()
-for action in actions:
-    envs.step(action)
+    for env, x in zip(envs, action):
+        *_, terminated, truncated, _ = env.step(x)
+        if terminated or truncated:
+            env.reset()
 print(8 * len(actions) / (time.perf_counter() - start))
 """
 
@@ -72,9 +70,11 @@ def run(command, cores):
     return out, time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
-def bare(code, cores):
-    out, _, _ = run([sys.executable, "-c", code], cores)
-    return {"sps": float(out)}
+def bare(cores):
+    """Steps per second of a plain loop over environments, in one independent process for each core."""
+    with ThreadPoolExecutor() as pool:
+        outs = list(pool.map(lambda core: run([sys.executable, "-c", BARE], {core})[0], cores))
+    return {"sps": sum(map(float, outs))}
 
 
 def training(command, path, cores):
@@ -83,7 +83,8 @@ def training(command, path, cores):
         table = [(int(row["global_step"]), float(row["sps"])) for row in csv.DictReader(file)]
     steps = [b - a for (a, _), (b, _) in zip([(0, 0), *table], table)]
     seconds = [n / sps for n, (_, sps) in zip(steps, table)]
-    return {"sps": sum(steps[5:]) / sum(seconds[5:]), "startup_s": wall - sum(seconds), "memory_mb": memory}
+    sps = sum(steps[5:]) / sum(seconds[5:])
+    return {"sps": sps, "startup_s": wall - sum(steps) / sps, "memory_mb": memory}
 
 
 class Contenders:
@@ -103,42 +104,82 @@ class Contenders:
         return training([*command, "--total-timesteps", self.steps // 2, "--csv", path], path, {0})
 
     def ppo(self):
-        one, two, envpool = {0}, {0, 1}, ["--compile", "--vectorization", "envpool"]
-        sixteen = ["--num-envs", 16, "--num-steps", 128]
+        one, two, sixteen = {0}, {0, 1}, ["--num-envs", 16, "--num-steps", 128]
+        alone = ["--num-workers", 0]
         return {
             "Stable-Baselines3 PPO, 1 core": lambda: self.sb3("ppo"),
-            "bare SyncVectorEnv, 1 core": lambda: bare(BARE_SYNC, one),
-            "ppo_clip.py, sync, 1 core": lambda: self.ours("ppo_clip.py", one, "--compile"),
-            "ppo_klpen.py, sync, 1 core": lambda: self.ours("ppo_klpen.py", one, "--compile"),
-            "ppo_clip.py, sync, 1 core, --no-compile": lambda: self.ours("ppo_clip.py", one, "--no-compile"),
-            "bare EnvPool, 2 cores": lambda: bare(BARE_ENVPOOL, two),
-            "ppo_clip.py, EnvPool, 2 cores": lambda: self.ours("ppo_clip.py", two, *envpool),
-            "Stable-Baselines3 PPO, 1 core, 16 x 128": lambda: self.sb3("ppo", *sixteen),
-            "ppo_clip.py, EnvPool, 2 cores, 16 x 128": lambda: self.ours("ppo_clip.py", two, *envpool, *sixteen),
+            "bare environments, 1 core": lambda: bare(one),
+            "bare environments, 2 cores": lambda: bare(two),
+            "ppo_clip.py, 1 core": lambda: self.ours("ppo_clip.py", one, "--compile", *alone),
+            "ppo_klpen.py, 1 core": lambda: self.ours("ppo_klpen.py", one, "--compile", *alone),
+            "ppo_clip.py, 1 core, --no-compile": lambda: self.ours("ppo_clip.py", one, "--no-compile", *alone),
+            "ppo_clip.py, 2 cores": lambda: self.ours("ppo_clip.py", two, "--compile"),
+            "ppo_klpen.py, 2 cores": lambda: self.ours("ppo_klpen.py", two, "--compile"),
+            "ppo_clip.py, 2 cores, 16 x 128": lambda: self.ours("ppo_clip.py", two, "--compile", *sixteen),
         }
 
     def trpo(self):
         one, two, script = {0}, {0, 1}, "trpo_continuous.py"
-        sixteen = ["--num-envs", 16, "--num-steps", 128]
-        same = ["--cg-iters", 10, "--fvp-subsample", 1, "--vf-epochs", 20, "--num-minibatches", 16]
-        envpool = [*same, "--compile", "--vectorization", "envpool"]
+        same = ["--cg-iters", 10, "--vf-epochs", 20, "--num-minibatches", 16]
+        alone = ["--num-workers", 0]
         return {
             "sb3-contrib TRPO, 1 core": lambda: self.sb3("trpo", "--cg-iters", 10),
-            "bare SyncVectorEnv, 1 core": lambda: bare(BARE_SYNC, one),
-            "trpo_continuous.py, sync, 1 core": lambda: self.ours(script, one, *same, "--compile"),
-            "trpo_continuous.py, sync, 1 core, --no-compile": lambda: self.ours(script, one, *same, "--no-compile"),
-            "trpo_continuous.py, EnvPool, 2 cores": lambda: self.ours(script, two, *envpool),
-            "sb3-contrib TRPO, 1 core, 16 x 128": lambda: self.sb3("trpo", "--cg-iters", 10, *sixteen),
-            "trpo_continuous.py, EnvPool, 2 cores, 16 x 128": lambda: self.ours(script, two, *envpool, *sixteen),
+            "bare environments, 1 core": lambda: bare(one),
+            "trpo_continuous.py, 1 core": lambda: self.ours(script, one, *same, "--compile", *alone),
+            "trpo_continuous.py, 1 core, --no-compile": lambda: self.ours(script, one, *same, "--no-compile", *alone),
+            "trpo_continuous.py, 2 cores": lambda: self.ours(script, two, *same, "--compile"),
         }
+
+
+def workers(repeats):
+    """Milliseconds of a rollout in one process and in one for each core, taking turns within this program; beside them
+    the same for independent processes, which share nothing: what the machine gives."""
+    sys.path.insert(0, str(ROOT))
+    import gymnasium as gym
+    import torch
+
+    import ppo_clip as script
+
+    torch.set_num_threads(1)
+    agent = script.Agent(11, gym.make("Hopper-v4").action_space)
+    seconds, own = {1: [], script.CORES: []}, []
+    with ExitStack() as stack:
+        actors = {k: stack.enter_context(script.Actors(script.Args(num_workers=k), agent)) for k in seconds}
+        for repeat in range(repeats):
+            for k, x in actors.items():
+                run, inside = x.own.run, []
+
+                def timed(seeds, run=run, inside=inside):
+                    start = time.perf_counter()
+                    result = run(seeds)
+                    inside.append(time.perf_counter() - start)
+                    return result
+
+                x.own.run = timed
+                start = time.perf_counter()
+                x.collect(agent, seed=(repeat,))
+                seconds[k].append(time.perf_counter() - start)
+                own += [seconds[k][-1] - inside[0]] if k > 1 else []
+                x.own.run = run
+    one, many = (statistics.median(x) * 1e3 for x in seconds.values())
+    alone = [(bare({0})["sps"], bare(range(script.CORES))["sps"]) for _ in range(3)]
+    factor = statistics.median(b / a for a, b in alone)
+    print(f"collecting: {one:.1f} ms in one process, {many:.1f} ms in {script.CORES}: {one / many:.2f} x")
+    print(f"independent processes: {factor:.2f} x; collecting reaches {one / many / factor:.0%} of that")
+    print(
+        f"the parent's time beyond its own environments: {statistics.median(own) * 1e3:.1f} ms a rollout (with waiting)"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=("ppo", "trpo"))
+    parser.add_argument("group", choices=("ppo", "trpo", "workers"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100_000)
     args = parser.parse_args()
+    if args.group == "workers":
+        workers(40)
+        return
     sb3_python = ROOT / ".venv-sb3/bin/python"
     if not sb3_python.exists():
         subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-sb3"], check=True)
