@@ -1,4 +1,4 @@
-"""Agents and batches for the tests of the mathematics; `script` is one of the training scripts."""
+"""Agents, batches and coefficients for the tests of the mathematics; `script` is one of the training scripts."""
 
 import gymnasium as gym
 import torch
@@ -7,28 +7,34 @@ BOX, DISCRETE = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(4)
 
 
 def make_agent(script, space=BOX, obs_dim=5, seed=0):
-    return script.Agent(obs_dim, space, torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    return script.Agent(obs_dim, space)
+
+
+def move(agent, scale=0.05, seed=1):
+    """Move all parameters a little, so that the policy is no longer the one that made the batch."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in agent.parameters():
+            p += scale * torch.randn(p.shape, generator=rng)
 
 
 def make_batch(script, agent, B=256, seed=0):
     """A batch with everything that an update reads, from the agent's present policy, with random actions."""
     rng = torch.Generator().manual_seed(seed)
-    data = script.empty_batch(agent, 5, B)
-    data["obs"].normal_(generator=rng)
+    obs, advantage = torch.randn(B, 5, generator=rng), torch.randn(B, generator=rng)
+    if agent.discrete:
+        action = torch.randint(4, (B,), generator=rng)
+    else:
+        action = torch.randn(B, agent.action_dim, generator=rng)
     with torch.no_grad():
-        data["policy"].copy_(agent.policy(data["obs"]))
-        if agent.discrete:
-            data["action"].copy_(torch.randint(4, (B,), generator=rng))
-        else:
-            data["action"].normal_(generator=rng)
-        data["logprob"].copy_(agent.dist.log_prob(data["policy"], data["action"]))
-        data["value"].copy_(agent.value(data["obs"]))
-    data["advantage"].normal_(generator=rng)
-    data["return"].copy_(data["value"] + data["advantage"])
-    data["weight"].fill_(1)
-    return data
+        parameters, value = agent.policy_parameters(obs), agent.value(obs)
+        logprob = agent.distribution(parameters).log_prob(action)
+    batch = {"obs": obs, "action": action, "old_policy": parameters, "logprob": logprob, "value": value}
+    return batch | {"advantage": advantage, "return": value + advantage}
 
 
-def make_adam(script, module):
-    flat = script.flatten_parameters(module.parameters())
-    return {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": torch.zeros(())}
+def make_coef(**values):
+    """Coefficients as update() takes them; those of the scripts where nothing else is said."""
+    defaults = {"learning_rate": 3e-4, "clip_coef": 0.2, "beta": 1.0, "ent_coef": 0.01, "vf_coef": 0.5}
+    return {key: torch.tensor(x) for key, x in (defaults | {"max_grad_norm": 0.5} | values).items()}

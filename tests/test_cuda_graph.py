@@ -1,11 +1,12 @@
 """--cuda: what a CUDA graph asks of the code, emulated on the CPU; and on a GPU, where there is one, the real thing."""
 
 import csv
+import dataclasses
 import importlib
 
 import pytest
 import torch
-from conftest import CONTRACT
+from conftest import CONTRACT, HOUSE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "4", "--checkpoint-every", "512"]
@@ -13,7 +14,7 @@ SMALL += ["--total-timesteps", "2048", "--no-compile"]
 PENALIZED = ["--form", "penalized", "--beta-schedule", "adaptive"]
 FLAGS = {
     "trpo_continuous": ["--env-id", "Pendulum-v1", "--vf-epochs", "3", *PENALIZED],
-    "ppo_clip": ["--env-id", "CartPole-v1", "--update-epochs", "3", "--anneal-clip"],
+    "ppo_clip": ["--env-id", "CartPole-v1", "--update-epochs", "3"],
     "ppo_klpen": ["--env-id", "Pendulum-v1", "--update-epochs", "3", "--kl-target", "0.0001"],
     "ppo_multiagent": ["--update-epochs", "3", "--num-envs", "8"],
 }
@@ -63,9 +64,18 @@ def test_replayed_operations_are_the_run(name, tmp_path, monkeypatch):
     script, tapes = importlib.import_module(name), []
     flags = [*SMALL, *FLAGS[name]]
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "run")]))
-    if name == "trpo_continuous":  # on a GPU the line search evaluates all candidates; here it looks, and may stop
-        monkeypatch.setattr(script, "free_to_look", lambda x: False)
-    monkeypatch.setattr(script, "graphed", lambda function, device: tapes.append(Tape(function)) or tapes[-1])
+
+    def tape(function):
+        tapes.append(Tape(function))
+        return tapes[-1]
+
+    if name in HOUSE:
+        accelerated = script.accelerated  # as it is with --cuda, but for the device
+        monkeypatch.setattr(script, "CudaGraph", tape)
+        as_on_a_gpu = lambda args, *operands: accelerated(dataclasses.replace(args, cuda=True), *operands)  # noqa: E731
+        monkeypatch.setattr(script, "accelerated", as_on_a_gpu)
+    else:
+        monkeypatch.setattr(script, "graphed", lambda function, device: tape(function))
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "replayed")]))
     assert tapes and all(tape.calls >= 8 and len(tape.notes) > 100 for tape in tapes)
     (agent, adam, rows), (agent2, adam2, rows2) = (final_state(script, tmp_path / x) for x in ("run", "replayed"))

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -222,18 +223,26 @@ def test_one_agents_loss_is_ppo_clips(space):
     agent = make_agent(world, centralised=False)
     data = make_batch(agent, world)
 
-    class Single:
-        dist = agent.dist
+    class Row(NamedTuple):  # a row of the tensor that describes a policy, with torch.distributions' methods
+        policy: torch.Tensor
 
+        def log_prob(self, action):
+            return agent.dist.log_prob(self.policy, action)
+
+        def entropy(self):
+            return agent.dist.entropy(self.policy)
+
+    class Single:
         def policy(self, obs):
-            return agent.policy(obs[:, None], torch.ones(len(obs), 1, agent.action_dim, dtype=torch.bool))[:, 0]
+            return Row(agent.policy(obs[:, None], torch.ones(len(obs), 1, agent.action_dim, dtype=torch.bool))[:, 0])
 
         def value(self, obs):
             return agent.value(obs[:, None], None)[:, 0]
 
-    single = {key: x[:, 0] for key, x in data.items()} | {"weight": data["alive"][:, 0]}
+    single = {key: x[:, 0] for key, x in data.items()}
     ours, our_metrics = ma.multiagent_loss(agent, data, COEF, True)
-    theirs, their_metrics = ppo_clip.ppo_loss(Single(), single, COEF, True, False)
+    theirs, logged = ppo_clip.ppo_loss(Single(), single, COEF, True)
+    their_metrics = torch.stack([*logged.values()]).detach()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(our_metrics, their_metrics)
     assert our_metrics[4] > 0  # some ratios are clipped

@@ -1,4 +1,4 @@
-"""The mathematics of the PPO scripts against brute force, hand-computed numbers and trusted implementations."""
+"""The mathematics of ppo_clip.py against brute force, hand-computed numbers and trusted implementations."""
 
 import functools
 import math
@@ -7,20 +7,13 @@ import batches
 import numpy as np
 import pytest
 import torch
-from batches import BOX, DISCRETE
+from batches import BOX, DISCRETE, make_coef, move
 from torch import nn
 
 import ppo_clip
 
 make_agent = functools.partial(batches.make_agent, ppo_clip)
 make_batch = functools.partial(batches.make_batch, ppo_clip)
-make_adam = functools.partial(batches.make_adam, ppo_clip)
-
-
-def make_coef(learning_rate=3e-4, clip_coef=0.2, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5):
-    values = (learning_rate, clip_coef, ent_coef, vf_coef, max_grad_norm)
-    return {key: torch.tensor(x) for key, x in zip(ppo_clip.COEFFICIENTS, values, strict=True)}
-
 
 # ---- generalised advantage estimation --------------------------------------------------------------------------------
 
@@ -59,7 +52,7 @@ def test_gae_against_the_double_sum(T, gamma, lam):
 
 
 def test_the_numbers_of_the_notes():
-    """Notes §2.1: A = 2, r = 1.3 gives 2.4; A = -2, r = 0.6 gives -1.6."""
+    """A = 2, r = 1.3 gives 2.4; A = -2, r = 0.6 gives -1.6."""
     surrogate = ppo_clip.clipped_surrogate(torch.tensor([1.3, 0.6]), torch.tensor([2.0, -2.0]), 0.2)
     assert surrogate.tolist() == pytest.approx([2.4, -1.6])
 
@@ -76,7 +69,7 @@ def test_value_and_gradient_in_all_quadrants(advantage, ratio, value, slope, eps
     assert torch.autograd.grad(surrogate, ratio)[0].item() == slope
 
 
-def test_no_clip_is_the_plain_surrogate():
+def test_an_infinite_clip_coef_is_the_plain_surrogate():
     ratio, advantage = torch.rand(100) * 3, torch.randn(100)
     assert torch.equal(ppo_clip.clipped_surrogate(ratio, advantage, torch.tensor(math.inf)), ratio * advantage)
 
@@ -86,75 +79,52 @@ def test_no_clip_is_the_plain_surrogate():
 
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_loss_against_torch_distributions(space):
-    """The whole loss, written a second time with torch.distributions, at parameters that have moved."""
+    """The whole loss, written a second time, at parameters that have moved."""
     agent, coef = make_agent(space), make_coef()
-    data = make_batch(agent)
-    data["weight"][::7] = 0  # rows that are no transitions must not be seen at all
-    with torch.no_grad():
-        for p in agent.parameters():
-            p += 0.05 * torch.randn_like(p)
-    loss, metrics = ppo_clip.ppo_loss(agent, data, coef, True, False)
+    batch = make_batch(agent)
+    move(agent)
+    loss, logged = ppo_clip.ppo_loss(agent, batch, coef, True)
 
-    rows = {key: x[data["weight"] > 0] for key, x in data.items()}
     if agent.discrete:
-        pi = torch.distributions.Categorical(logits=agent.actor(rows["obs"]))
-        logprob, entropy = pi.log_prob(rows["action"]), pi.entropy()
+        pi = torch.distributions.Categorical(logits=agent.actor(batch["obs"]))
+        logprob, entropy = pi.log_prob(batch["action"]), pi.entropy()
     else:
-        pi = torch.distributions.Normal(agent.actor(rows["obs"]), agent.log_std.exp())
-        logprob, entropy = pi.log_prob(rows["action"]).sum(-1), pi.entropy().sum(-1)
-    A = (rows["advantage"] - rows["advantage"].mean()) / (rows["advantage"].std(correction=0) + 1e-8)
-    ratio = (logprob - rows["logprob"]).exp()
+        pi = torch.distributions.Normal(agent.actor(batch["obs"]), agent.log_std.exp())
+        logprob, entropy = pi.log_prob(batch["action"]).sum(-1), pi.entropy().sum(-1)
+    A = (batch["advantage"] - batch["advantage"].mean()) / (batch["advantage"].std(correction=0) + 1e-8)
+    ratio = (logprob - batch["logprob"]).exp()
     policy_loss = -torch.min(ratio * A, ratio.clip(0.8, 1.2) * A).mean()
-    value_loss = ((agent.critic(rows["obs"])[:, 0] - rows["return"]) ** 2).mean()
-    expected = policy_loss + 0.5 * value_loss - 0.01 * entropy.mean()
-    torch.testing.assert_close(loss, expected)
+    value_loss = ((agent.critic(batch["obs"])[:, 0] - batch["return"]) ** 2).mean()
+    torch.testing.assert_close(loss, policy_loss + 0.5 * value_loss - 0.01 * entropy.mean())
     clipfrac, approx_kl = ((ratio - 1).abs() > 0.2).float().mean(), (ratio - 1 - ratio.log()).mean()
-    torch.testing.assert_close(
-        metrics, torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clipfrac]).detach()
-    )
-
-
-def test_value_clipping_takes_the_worse_of_the_two_errors():
-    agent, coef = make_agent(), make_coef()
-    data = make_batch(agent)
-    data["value"] += torch.linspace(-1, 1, 256)  # the critic's output is up to 1 away from the old value
-    v, old, target = agent.value(data["obs"]).detach(), data["value"], data["return"]
-    worse = torch.max((v - target) ** 2, (old + (v - old).clip(-0.2, 0.2) - target) ** 2)
-    metrics = ppo_clip.ppo_loss(agent, data, coef, True, True)[1]
-    torch.testing.assert_close(metrics[1], worse.mean())
+    expected = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean()}
+    torch.testing.assert_close(logged, expected | {"approx_kl": approx_kl, "clipfrac": clipfrac})
+    assert clipfrac > 0
 
 
 def test_advantages_are_normalised_only_if_asked():
     agent, coef = make_agent(), make_coef()
-    data = make_batch(agent)
-    data["advantage"].mul_(10).add_(3)
-    assert ppo_clip.ppo_loss(agent, data, coef, True, False)[1][0].item() == pytest.approx(0, abs=1e-5)
-    assert ppo_clip.ppo_loss(agent, data, coef, False, False)[1][0].item() == pytest.approx(
-        -data["advantage"].mean().item(), rel=1e-4
-    )
+    batch = make_batch(agent)
+    batch["advantage"].mul_(10).add_(3)
+    policy_loss = [
+        ppo_clip.ppo_loss(agent, batch, coef, norm_adv)[1]["policy_loss"].item() for norm_adv in (True, False)
+    ]
+    assert policy_loss == [pytest.approx(0, abs=1e-5), pytest.approx(-batch["advantage"].mean().item(), rel=1e-4)]
 
 
 def test_constant_advantages_give_a_finite_loss():
     agent = make_agent()
-    data = make_batch(agent)
-    data["advantage"].fill_(3.0)
-    assert ppo_clip.ppo_loss(agent, data, make_coef(), True, False)[0].isfinite()
-
-
-def test_minibatch_means_average_to_the_full_batch():
-    agent, coef, metrics = make_agent(), make_coef(learning_rate=0.0), torch.zeros(6)
-    data, adam = make_batch(agent), make_adam(agent)
-    for index in torch.randperm(256).view(-1, 64):
-        ppo_clip.minibatch_update(ppo_clip.ppo_loss, agent, adam, data, index, coef, metrics, False, False)
-    torch.testing.assert_close((metrics / 4)[:5], ppo_clip.ppo_loss(agent, data, coef, False, False)[1])
+    batch = make_batch(agent)
+    batch["advantage"].fill_(3.0)
+    assert ppo_clip.ppo_loss(agent, batch, make_coef(), True)[0].isfinite()
 
 
 # ---- distributions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
-def test_kl_entropy_and_noise_against_monte_carlo(space):
-    """Actions drawn as in a rollout (actor's output plus noise) give the closed forms back as averages."""
+def test_kl_entropy_and_actions_against_monte_carlo(space):
+    """Actions as act() draws them give the closed forms back as averages."""
     agent, other, n = make_agent(space), make_agent(space, seed=1), 200_000
     if not agent.discrete:
         agent.log_std.data = torch.tensor([0.3, -0.5, 0.0])
@@ -163,99 +133,124 @@ def test_kl_entropy_and_noise_against_monte_carlo(space):
         a.actor[-1].weight.data *= 100  # far from uniform
     obs = torch.randn(5)
     with torch.no_grad():
-        old, new = (a.policy(obs).expand(n, -1) for a in (agent, other))
-        output = agent.actor(obs) + torch.from_numpy(agent.noise(n, 1, torch.Generator().manual_seed(0)))[:, 0]
-        action = output.argmax(-1) if agent.discrete else output
-        log_ratio = agent.dist.log_prob(old, action) - agent.dist.log_prob(new, action)
-        kl, entropy = agent.dist.kl(old[0], new[0]), agent.dist.entropy(old[0])
+        old, new = (a.policy(obs) for a in (agent, other))
+        action = agent.act(obs.expand(n, 5), agent.noise(n, 1)[:, 0])
+        log_ratio = old.log_prob(action) - new.log_prob(action)
+        kl, entropy = torch.distributions.kl_divergence(old, new), old.entropy()
     error = 4 * log_ratio.std() / math.sqrt(n)
-    assert kl.item() == pytest.approx(log_ratio.mean().item(), abs=error.item())
-    surprise = -agent.dist.log_prob(old, action)
+    assert kl.item() == pytest.approx(log_ratio.mean().item(), abs=error.item()) and kl > 0.02
+    surprise = -old.log_prob(action)
     assert entropy.item() == pytest.approx(surprise.mean().item(), abs=4 * surprise.std().item() / math.sqrt(n))
-    assert kl > 0.02 and agent.dist.kl(old[0], old[0]).abs() < 1e-6
+    data = {"obs": obs.expand(3, 5), "old_policy": agent.policy_parameters(obs).expand(3, -1)}
+    assert ppo_clip.mean_kl(other, data).item() == pytest.approx(kl.item(), rel=1e-5)
+    assert ppo_clip.mean_kl(agent, data).abs() < 1e-6
 
 
-def test_frozen_actor_is_the_actor():
-    agent = make_agent()
+def test_acting_scales_observations_and_without_noise_takes_the_mode():
+    agent, raw = make_agent(), torch.randn(8, 5) * 20
     agent.obs_rms.update(torch.randn(100, 5) * 7 + 3)
-    raw = torch.randn(8, 5) * 20
-    expected = agent.actor(agent.obs_rms.normalizer()(raw)).detach().numpy()
-    np.testing.assert_allclose(agent.frozen_actor()(raw.numpy()), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(agent.act(raw, 0.0), agent.policy(agent.obs_rms(raw)).mode)
+    agent = make_agent(DISCRETE)
+    agent.actor[-1].weight.data *= 100
+    assert torch.equal(agent.act(raw, 0.0), agent.policy(agent.obs_rms(raw)).mode)
 
 
-# ---- Adam, compilation, learning rate --------------------------------------------------------------------------------
+# ---- the update: Adam, epochs, compilation ---------------------------------------------------------------------------
 
 
-def test_adam_and_gradient_clipping_equal_torch():
-    agent, twin = make_agent(), make_agent()
-    data, adam, coef = make_batch(agent), make_adam(agent), make_coef(learning_rate=1e-3, max_grad_norm=0.1)
-    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-3, eps=1e-5)
-    metrics = torch.zeros(6)
-    for i in range(50):
-        index = torch.randperm(256, generator=torch.Generator().manual_seed(i))[:64]
-        ppo_clip.minibatch_update(ppo_clip.ppo_loss, agent, adam, data, index, coef, metrics, True, False)
-        optimizer.zero_grad()
-        ppo_clip.ppo_loss(twin, {k: x[index] for k, x in data.items()}, coef, True, False)[0].backward()
-        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
-        optimizer.step()
-    torch.testing.assert_close(
-        adam["params"], nn.utils.parameters_to_vector(twin.parameters()).detach(), rtol=1e-5, atol=1e-6
-    )
+def epochs(script, agent, data, coefs, norm_adv=True, compiled=False, minibatch=64):
+    """Epochs of minibatches as train() runs them, one for each dict of coefficients. Returns the final state."""
+    names = script.ppo_loss(agent, data, coefs[0], norm_adv)[1]
+    state, coef = script.initial_state(agent, len(names) + 1), {key: x.clone() for key, x in coefs[0].items()}
+    order = torch.zeros(len(data["obs"]) // minibatch, minibatch, dtype=torch.long)
+    args, rng = script.Args(compile=compiled), torch.Generator().manual_seed(0)
+    run = script.accelerated(args, script.epoch_of_updates, script.update, agent, state, data, order, coef, norm_adv)
+    for values in coefs:
+        for key, x in values.items():
+            coef[key].copy_(x)
+        order.copy_(torch.randperm(len(data["obs"]), generator=rng).view_as(order))
+        run()
+    return state
+
+
+def test_minibatch_means_average_to_the_full_batch():
+    agent = make_agent()
+    data, coef = make_batch(agent), make_coef(learning_rate=0.0)
+    expected = ppo_clip.ppo_loss(agent, data, coef, False)[1]
+    sums = epochs(ppo_clip, agent, data, [coef], norm_adv=False)["sums"]
+    torch.testing.assert_close(sums[:-1] / 4, torch.stack([*expected.values()]).detach())
+
+
+@pytest.mark.parametrize("space", [BOX, DISCRETE])
+def test_adam_and_gradient_clipping_equal_torch(space):
+    agent, twin = make_agent(space), make_agent(space)
+    data, coef = make_batch(agent), make_coef(learning_rate=1e-3, max_grad_norm=0.1)
+    optimizer, rng, norms = torch.optim.Adam(twin.parameters(), lr=1e-3, eps=1e-5), torch.Generator().manual_seed(0), []
+    state = epochs(ppo_clip, agent, data, [coef] * 12)
+    for _ in range(12):
+        for index in torch.randperm(256, generator=rng).view(-1, 64):
+            optimizer.zero_grad()
+            ppo_clip.ppo_loss(twin, {k: x[index] for k, x in data.items()}, coef, True)[0].backward()
+            norms.append(nn.utils.clip_grad_norm_(twin.parameters(), 0.1))
+            optimizer.step()
+    expected = nn.utils.parameters_to_vector(twin.parameters()).detach()
+    torch.testing.assert_close(state["parameters"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(nn.utils.parameters_to_vector(agent.parameters()).detach(), state["parameters"])
+    torch.testing.assert_close(state["sums"][-1], torch.stack(norms).sum())
+    assert state["t"] == 48 and min(norms) > 0.1
 
 
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_compiled_equals_eager(space):
-    """Three iterations' updates (3 x 10 epochs x 32 minibatches) from the same data: 1e-5 relative."""
-    results = []
-    for compiled in (False, True):
-        agent = make_agent(space)
-        step = (
-            ppo_clip.compiled(ppo_clip.minibatch_update, torch.device("cpu")) if compiled else ppo_clip.minibatch_update
-        )
-        data, adam, metrics = make_batch(agent, B=2048), make_adam(agent), torch.zeros(6)
-        rng = torch.Generator().manual_seed(0)
-        for iteration in range(3):
-            coef = make_coef(learning_rate=3e-4 * (1 - iteration / 3), clip_coef=0.2 - 0.05 * iteration)
-            for _ in range(10):
-                for index in torch.randperm(2048, generator=rng).view(32, 64):
-                    step(ppo_clip.ppo_loss, agent, adam, data, index, coef, metrics, True, False)
-        results.append(adam["params"].clone())
-    eager, compiled = results
+    """Thirty epochs of 32 minibatches from the same data, the learning rate changing: 1e-5 relative."""
+    coefs = [make_coef(learning_rate=3e-4 * (1 - k / 30), clip_coef=0.2 - 0.005 * k) for k in range(30)]
+    eager, compiled = (
+        epochs(ppo_clip, agent, make_batch(agent, B=2048), coefs, compiled=compiled)["parameters"]
+        for agent, compiled in ((make_agent(space), False), (make_agent(space), True))
+    )
     assert ((eager - compiled).norm() / eager.norm()).item() < 1e-5
 
 
 def test_adapted_learning_rate_at_every_border():
     def rate(kl, band=1.5, lr=1e-3):
-        return ppo_clip.adapted_learning_rate(lr, kl, 0.01, band, 2.0)
+        return ppo_clip.adapted_learning_rate(lr, kl, 0.01, band)
 
     up, same, down = 2e-3, 1e-3, 5e-4
     assert [rate(kl) for kl in (0.0, 0.01 / 1.5 - 1e-9, 0.01 / 1.5 + 1e-9, 0.01)] == [up, up, same, same]
     assert [rate(kl) for kl in (0.015 - 1e-9, 0.015 + 1e-9, 1.0)] == [same, down, down]
-    assert [rate(kl, band=1) for kl in (0.01 - 1e-9, 0.01, 0.01 + 1e-9)] == [up, same, down]  # the notes to the letter
+    assert [rate(kl, band=1) for kl in (0.01 - 1e-9, 0.01, 0.01 + 1e-9)] == [up, same, down]  # the rule without a band
     assert rate(1.0, lr=1.5e-5) == 1e-5 and rate(0.0, lr=9e-3) == 1e-2
 
 
-def test_explained_variance():
-    y = torch.tensor([1.0, 2.0, 3.0])
-    assert ppo_clip.explained_variance(y, y) == 1
-    assert ppo_clip.explained_variance(torch.zeros(3), y) == pytest.approx(0)
-    assert math.isnan(ppo_clip.explained_variance(y, torch.ones(3)))
+# ---- networks and normaliser -----------------------------------------------------------------------------------------
 
 
-# ---- normaliser ------------------------------------------------------------------------------------------------------
+def test_networks_start_orthogonal_with_the_gains_that_the_docstring_names():
+    layers = [x for x in ppo_clip.mlp(30, 3, 0.01, hidden=(20, 10)) if isinstance(x, nn.Linear)]
+    for layer, gain, shape in zip(layers, (2**0.5, 2**0.5, 0.01), ((20, 30), (10, 20), (3, 10))):
+        assert layer.weight.shape == shape and not layer.bias.any()
+        torch.testing.assert_close(layer.weight @ layer.weight.T, gain**2 * torch.eye(shape[0]), rtol=1e-4, atol=1e-5)
+    assert isinstance(ppo_clip.mlp(3, 2, 1.0, activation=nn.ReLU)[1], nn.ReLU)
+    assert [type(x).__name__ for x in make_agent().actor] == ["Linear", "Tanh"] * 2 + ["Linear"]
 
 
 def test_running_statistics_against_numpy():
-    rms, rows = ppo_clip.RunningMeanStd((3,)), np.random.default_rng(0).normal(5, 100, (1000, 3))
-    x = rows[:2].astype(np.float32)
-    np.testing.assert_allclose(rms.normalizer(numpy=True)(x), x.clip(-10, 10), rtol=1e-6)  # nothing seen: identity
+    rms, rows = ppo_clip.RunningMeanStd(3), np.random.default_rng(0).normal(5, 100, (1000, 3))
+    x = torch.from_numpy(rows[:2]).float()
+    torch.testing.assert_close(rms(x), x.clip(-10, 10))  # nothing seen: identity
     for part in np.split(rows, [1, 10, 500]):
         rms.update(torch.from_numpy(part))
     np.testing.assert_allclose(rms.mean, rows.mean(0), rtol=1e-12)
     np.testing.assert_allclose(rms.var, rows.var(0), rtol=1e-12)
     expected = ((rows - rows.mean(0)) / rows.std(0)).clip(-10, 10)
-    np.testing.assert_allclose(rms.normalizer()(torch.from_numpy(rows).float()), expected, rtol=1e-4, atol=1e-5)
-    assert rms.normalizer()(torch.full((3,), 1e9)).tolist() == [10, 10, 10]
+    np.testing.assert_allclose(rms(torch.from_numpy(rows).float()), expected, rtol=1e-4, atol=1e-5)
+    assert rms(torch.full((3,), 1e9)).tolist() == [10, 10, 10] and rms(x).dtype == torch.float32
+
+
+def test_what_never_moved_is_not_scaled():
+    rms = ppo_clip.RunningMeanStd(2)
+    rms.update(torch.tensor([[3.0, 0.0], [3.0, 2.0]]))
+    assert rms.inv_std.tolist() == [1, 1] and rms(torch.tensor([4.0, 1.0])).tolist() == [1, 0]
 
 
 def test_statistics_travel_with_the_agent():
@@ -263,6 +258,6 @@ def test_statistics_travel_with_the_agent():
     agent.obs_rms.update(torch.randn(50, 5) * 3 + 1)
     agent.return_rms.update(torch.randn(50) * 9)
     other.load_state_dict(agent.state_dict())
-    assert torch.equal(other.obs_rms.mean, agent.obs_rms.mean) and torch.equal(
-        other.return_rms.inv_std(), agent.return_rms.inv_std()
-    )
+    raw = torch.randn(4, 5)
+    assert torch.equal(other.obs_rms(raw), agent.obs_rms(raw))
+    assert torch.equal(other.return_rms.inv_std, agent.return_rms.inv_std)

@@ -5,32 +5,21 @@ import functools
 import math
 
 import batches
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from batches import BOX, DISCRETE
+from batches import BOX, DISCRETE, make_coef, move
+from gymnasium.spaces import Box
+from test_ppo_clip import epochs
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 import ppo_klpen
 
 make_agent = functools.partial(batches.make_agent, ppo_klpen)
 make_batch = functools.partial(batches.make_batch, ppo_klpen)
-make_adam = functools.partial(batches.make_adam, ppo_klpen)
 
 SMALL = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--update-epochs", "2", "--no-compile"]
 SMALL += ["--env-id", "Pendulum-v1", "--total-timesteps", "2048", "--checkpoint-every", "512"]
-
-
-def make_coef(learning_rate=3e-4, beta=1.0, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5):
-    values = (learning_rate, beta, ent_coef, vf_coef, max_grad_norm)
-    return {key: torch.tensor(x) for key, x in zip(ppo_klpen.COEFFICIENTS, values, strict=True)}
-
-
-def move(agent, scale=0.05, seed=1):
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in agent.parameters():
-            p += scale * torch.randn(p.shape, generator=rng)
 
 
 def flat_gradient(y, params, **options):
@@ -59,24 +48,23 @@ def test_beta_at_every_border():
 def test_beta_changes_once_per_iteration_and_only_then(tmp_path, monkeypatch):
     """Whatever a minibatch update sees during an iteration is the logged beta, and the next one follows by the rule.
     Over all epochs the old policy that it is compared with stays the one that collected the batch."""
-    seen, update = [], ppo_klpen.minibatch_update
+    seen, epoch_of_updates = [], ppo_klpen.epoch_of_updates
 
-    def spy(loss_function, agent, adam, data, index, coef, metrics, *options):
-        first = len(seen) % 8 == 0
+    def spy(update, loop, agent, state, data, order, coef, norm_adv):
         with torch.no_grad():
-            now = agent.policy(data["obs"])
-        seen.append((coef["beta"].item(), data["policy"].clone(), torch.equal(now, data["policy"]) if first else None))
-        update(loss_function, agent, adam, data, index, coef, metrics, *options)
+            unmoved = torch.equal(agent.policy_parameters(data["obs"]), data["old_policy"])
+        seen.append((coef["beta"].item(), data["old_policy"].clone(), unmoved))
+        epoch_of_updates(update, loop, agent, state, data, order, coef, norm_adv)
 
-    monkeypatch.setattr(ppo_klpen, "minibatch_update", spy)
+    monkeypatch.setattr(ppo_klpen, "epoch_of_updates", spy)
     flags = ["--run-dir", str(tmp_path / "a"), "--learning-rate", "0.003", "--lr-schedule", "constant"]
     assert ppo_klpen.main([*SMALL, *flags]) == 0
     beta, kl = column(tmp_path / "a", "beta"), column(tmp_path / "a", "kl")
-    assert len(seen) == 16 * 2 * 4 and len(set(beta)) > 2
+    assert len(seen) == 16 * 2 and len(set(beta)) > 2
     for i in range(16):
-        iteration = seen[8 * i : 8 * i + 8]
-        assert {b for b, _, _ in iteration} == {beta[i]}
-        assert iteration[0][2] and all(torch.equal(policy, iteration[0][1]) for _, policy, _ in iteration)
+        (beta_1, policy_1, unmoved_1), (beta_2, policy_2, unmoved_2) = seen[2 * i : 2 * i + 2]
+        assert beta_1 == beta_2 == beta[i] and torch.equal(policy_1, policy_2)
+        assert unmoved_1 and not unmoved_2
         if i:
             assert beta[i] == ppo_klpen.adapted_beta(beta[i - 1], kl[i - 1], 0.01)
 
@@ -97,7 +85,7 @@ def test_beta_survives_a_resume_and_a_flag_overrides_it(tmp_path):
 def test_beta_out_of_bounds_is_refused(tmp_path, capsys):
     for beta in ("0", "-1", "1e5", "nan"):
         assert ppo_klpen.main([*SMALL, "--run-dir", str(tmp_path / "a"), "--beta-init", beta]) == 2
-        assert "beta_init must lie in" in capsys.readouterr().err
+        assert f"--beta-init {float(beta)} must be from 0.0001 to 10000.0" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 
@@ -106,38 +94,34 @@ def test_beta_out_of_bounds_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_loss_against_torch_distributions(space):
-    """The whole loss, written a second time with torch.distributions, at parameters that have moved."""
+    """The whole loss, written a second time, at parameters that have moved."""
     agent, coef = make_agent(space), make_coef(beta=3.0)
-    data = make_batch(agent)
-    data["weight"][::7] = 0
-    with torch.no_grad():
-        logits_or_mean, log_std = agent.actor(data["obs"]), None if agent.discrete else agent.log_std.clone()
-    move(agent)
-    loss, metrics = ppo_klpen.klpen_loss(agent, data, coef, True)
-    valid = data["weight"] > 0
+    batch = make_batch(agent)
 
-    def distribution(out, log_std):
+    def distribution():
         if agent.discrete:
-            return torch.distributions.Categorical(logits=out)
-        return torch.distributions.Independent(torch.distributions.Normal(out, log_std.exp()), 1)
+            return Categorical(logits=agent.actor(batch["obs"]))
+        return Independent(Normal(agent.actor(batch["obs"]), agent.log_std.exp()), 1)
 
-    old = distribution(logits_or_mean[valid], log_std)
-    new = distribution(agent.actor(data["obs"][valid]), None if agent.discrete else agent.log_std)
-    rows = {key: x[valid] for key, x in data.items()}
-    A = (rows["advantage"] - rows["advantage"].mean()) / (rows["advantage"].std(correction=0) + 1e-8)
-    ratio = (new.log_prob(rows["action"]) - old.log_prob(rows["action"])).exp()
-    policy_loss = -(ratio * A).mean()
-    penalty = torch.distributions.kl_divergence(old, new).mean()
-    value_loss = ((agent.critic(rows["obs"])[:, 0] - rows["return"]) ** 2).mean()
-    expected = policy_loss + 3 * penalty + 0.5 * value_loss - 0.01 * new.entropy().mean()
-    torch.testing.assert_close(loss, expected)
-    approx_kl = (ratio - 1 - ratio.log()).mean()
-    torch.testing.assert_close(
-        metrics, torch.stack([policy_loss, value_loss, new.entropy().mean(), approx_kl]).detach(), rtol=1e-4, atol=1e-6
-    )
+    with torch.no_grad():
+        old = distribution()
+        old = Categorical(logits=old.logits) if agent.discrete else Independent(Normal(old.mean, old.stddev.clone()), 1)
+    move(agent)
+    loss, logged = ppo_klpen.ppo_loss(agent, batch, coef, True)
+    new = distribution()
+    A = (batch["advantage"] - batch["advantage"].mean()) / (batch["advantage"].std(correction=0) + 1e-8)
+    ratio = (new.log_prob(batch["action"]) - old.log_prob(batch["action"])).exp()
+    policy_loss, entropy = -(ratio * A).mean(), new.entropy().mean()
+    penalty = kl_divergence(old, new).mean()
+    value_loss = ((agent.critic(batch["obs"])[:, 0] - batch["return"]) ** 2).mean()
+    torch.testing.assert_close(loss, policy_loss + 3 * penalty + 0.5 * value_loss - 0.01 * entropy)
+    expected = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    expected["approx_kl"] = (ratio - 1 - ratio.log()).mean()
+    torch.testing.assert_close(logged, expected, rtol=1e-4, atol=1e-6)
+    assert penalty > 0.001
 
 
-@pytest.mark.parametrize("space", [gym.spaces.Box(-1, 1, (1,)), DISCRETE])
+@pytest.mark.parametrize("space", [Box(-1, 1, (1,)), DISCRETE])
 def test_at_the_old_parameters_the_penalty_has_gradient_zero_and_the_fisher_matrix_as_hessian(space):
     """F = E[score score'], the expectation taken over actions exactly: a sum, or Gauss-Hermite nodes (the integrand is
     a polynomial of degree 4 in the action)."""
@@ -145,8 +129,8 @@ def test_at_the_old_parameters_the_penalty_has_gradient_zero_and_the_fisher_matr
     move(agent, 0.3)
     params = [*agent.actor.parameters()] + ([] if agent.discrete else [agent.log_std])
     obs = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    policy = agent.policy(obs)
-    kl = agent.dist.kl(policy.detach(), policy).mean()
+    parameters = agent.policy_parameters(obs)
+    kl = kl_divergence(agent.distribution(parameters.detach()), agent.distribution(parameters)).mean()
     gradient = flat_gradient(kl, params, create_graph=True)
     assert gradient.abs().max() < 1e-12
     check = torch.randperm(len(gradient), generator=torch.Generator().manual_seed(0))[:40]  # rows of the Hessian
@@ -154,16 +138,17 @@ def test_at_the_old_parameters_the_penalty_has_gradient_zero_and_the_fisher_matr
     hessian = torch.stack([flat_gradient(gradient[i], params, retain_graph=True) for i in check])
     fisher = torch.zeros_like(hessian)
     if agent.discrete:
-        actions = [(torch.full((4,), a), policy[:, a].exp()) for a in range(4)]
+        probabilities = parameters.detach().softmax(-1)
+        actions = [(torch.full((4,), a), probabilities[:, a]) for a in range(4)]
     else:
         nodes, weights = np.polynomial.hermite_e.hermegauss(7)
-        mean, std = policy.detach()[:, :1], agent.log_std.detach().exp()
+        mean, std = parameters.detach()[:, :1], agent.log_std.detach().exp()
         actions = [(mean + std * z, w / math.sqrt(2 * math.pi)) for z, w in zip(nodes, weights, strict=True)]
     for action, probability in actions:
-        log_prob = agent.dist.log_prob(agent.policy(obs), action)
+        log_prob = agent.policy(obs).log_prob(action)
         for s in range(4):
             score = flat_gradient(log_prob[s], params, retain_graph=True)
-            p = probability[s].detach() if agent.discrete else probability
+            p = probability[s] if agent.discrete else probability
             fisher += p * score[check].unsqueeze(1) * score / 4
     torch.testing.assert_close(hessian, fisher, rtol=1e-8, atol=1e-10)
 
@@ -171,77 +156,51 @@ def test_at_the_old_parameters_the_penalty_has_gradient_zero_and_the_fisher_matr
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_a_ratio_that_would_overflow_gives_a_finite_loss_that_pulls_back(space):
     agent = make_agent(space)
-    data = make_batch(agent)
-    data["logprob"][:] = -2000.0  # ratio e^2000
+    batch = make_batch(agent)
+    batch["logprob"][:] = -2000.0  # ratio e^2000
     move(agent, 0.3)
     for sign in (1, -1):
-        loss, metrics = ppo_klpen.klpen_loss(
-            agent, data | {"advantage": sign * data["advantage"].abs()}, make_coef(), False
-        )
-        assert loss.isfinite() and metrics.isfinite().all()
+        pushed = batch | {"advantage": sign * batch["advantage"].abs()}
+        loss, logged = ppo_klpen.ppo_loss(agent, pushed, make_coef(), False)
+        assert loss.isfinite() and all(x.isfinite() for x in logged.values())
     actor = list(agent.actor.parameters())
-    gradients = [
-        flat_gradient(ppo_klpen.klpen_loss(agent, data, make_coef(beta=beta, ent_coef=0.0), False)[0], actor)
-        for beta in (1e-4, 1.0)
-    ]
+    losses = [ppo_klpen.ppo_loss(agent, batch, make_coef(beta=b, ent_coef=0.0), False)[0] for b in (1e-4, 1.0)]
+    gradients = [flat_gradient(loss, actor) for loss in losses]
     assert all(g.isfinite().all() for g in gradients)
     torch.testing.assert_close(gradients[0] * 1e4, gradients[1], rtol=1e-3, atol=1e-6)  # nothing but the penalty's
 
 
 def test_beta_turns_the_gradient_and_the_learning_rate_only_scales_the_step():
-    """Notes §2.2, on a batch from an environment, at parameters that an update has moved."""
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: gym.make("Pendulum-v1")] * 4, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-    actors, rng = ppo_klpen.Actors(envs, 0.9), torch.Generator().manual_seed(0)
-    agent = make_agent(envs.single_action_space, actors.obs_dim)
-    actors.reset((1, 0))
-    rollout = actors.collect(agent, 128, rng)
-    agent.update_normalisers(rollout)
-    data = ppo_klpen.empty_batch(agent, actors.obs_dim, 512)
-    ppo_klpen.fill_batch(data, agent, rollout, 0.9, 0.95)
-    adam, metrics = make_adam(agent), torch.zeros(5)
-    for index in torch.randperm(512, generator=rng).view(-1, 64):
-        ppo_klpen.minibatch_update(ppo_klpen.klpen_loss, agent, adam, data, index, make_coef(3e-3), metrics, True)
+    """What the docstring says, on a batch from an environment, at parameters that an update has moved."""
+    args = ppo_klpen.Args(env_id="Pendulum-v1", num_envs=4, num_steps=128, num_workers=0)
+    agent = make_agent(Box(-2, 2, (1,)), obs_dim=3)
+    with ppo_klpen.Actors(args, agent) as actors:
+        rollout = actors.collect(agent, seed=(1, 0))
+    agent.update_statistics(rollout)
+    data = ppo_klpen.make_batch(agent, rollout, 0.9, 0.95)
+    state = epochs(ppo_klpen, agent, data, [make_coef(learning_rate=3e-3)])
 
     actor = [*agent.actor.parameters(), agent.log_std]
-    by_beta = [flat_gradient(ppo_klpen.klpen_loss(agent, data, make_coef(beta=b), True)[0], actor) for b in (0.5, 2.0)]
+    by_beta = [flat_gradient(ppo_klpen.ppo_loss(agent, data, make_coef(beta=b), True)[0], actor) for b in (0.5, 2.0)]
     assert torch.cosine_similarity(*by_beta, dim=0) < 0.99
 
-    steps, index = [], torch.arange(512)
+    steps = []
     for rate in (1e-3, 2e-3):
-        state = {key: x.clone() for key, x in adam.items()}
-        ppo_klpen.minibatch_update(ppo_klpen.klpen_loss, agent, adam, data, index, make_coef(rate), metrics, True)
-        steps.append(adam["params"] - state["params"])
-        for key, x in state.items():
-            adam[key].copy_(x)
+        after = ppo_klpen.update(agent, state, data, make_coef(learning_rate=rate), True)
+        steps.append(after["parameters"] - state["parameters"])
     torch.testing.assert_close(steps[1], 2 * steps[0], rtol=1e-3, atol=1e-6)
     assert torch.cosine_similarity(*steps, dim=0) > 0.99999
 
 
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_compiled_equals_eager_and_reads_beta(space):
-    """Compiled once, the update follows beta and the learning rate: three iterations, 1e-5 relative."""
-    results = []
-    for compiled in (False, True):
-        agent = make_agent(space)
-        step = (
-            ppo_klpen.compiled(ppo_klpen.minibatch_update, torch.device("cpu"))
-            if compiled
-            else ppo_klpen.minibatch_update
-        )
-        data, adam, metrics = make_batch(agent, B=1024), make_adam(agent), torch.zeros(5)
-        rng = torch.Generator().manual_seed(0)
-        for beta in (1.0, 2.0, 100.0):
-            for _ in range(5):
-                for index in torch.randperm(1024, generator=rng).view(-1, 64):
-                    step(ppo_klpen.klpen_loss, agent, adam, data, index, make_coef(beta=beta), metrics, True)
-        results.append(adam["params"].clone())
-    eager, compiled = results
+    """Compiled once, the update follows beta: 1e-5 relative; a beta that stayed 1 would show."""
+    coefs = [make_coef(beta=beta) for beta in (1.0, 2.0, 100.0) for _ in range(5)]
+    runs = [(coefs, False), (coefs, True), (coefs[:1] * 15, False)]
+    eager, compiled, constant = (
+        epochs(ppo_klpen, agent, make_batch(agent, B=1024), schedule, compiled=compiled)["parameters"]
+        for schedule, compiled in runs
+        for agent in [make_agent(space)]
+    )
     assert ((eager - compiled).norm() / eager.norm()).item() < 1e-5
-    agent = make_agent(space)
-    data, adam = make_batch(agent, B=1024), make_adam(agent)
-    for _ in range(3 * 5 * 16):
-        index = torch.randint(1024, (64,), generator=rng)
-        ppo_klpen.minibatch_update(ppo_klpen.klpen_loss, agent, adam, data, index, make_coef(beta=1.0), metrics, True)
-    assert ((eager - adam["params"]).norm() / eager.norm()).item() > 1e-3  # a beta that stays 1 would have shown
+    assert ((eager - constant).norm() / eager.norm()).item() > 1e-3

@@ -4,7 +4,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from toy_envs import Counter
 
 import ppo_clip
@@ -12,172 +11,124 @@ import ppo_clip
 T, N, GAMMA = 23, 3, 0.9
 
 
-def make_actors(mode):
-    return ppo_clip.Actors(SyncVectorEnv([Counter] * N, autoreset_mode=mode, copy=False), GAMMA)
+def make_actors(agent, **flags):
+    defaults = {"env_id": "toy_envs:Counter-v0", "num_envs": N, "num_steps": T, "num_workers": 0, "gamma": GAMMA}
+    return ppo_clip.Actors(ppo_clip.Args(**defaults | flags), agent)
 
 
-def make_agent(actors):
-    agent = ppo_clip.Agent(actors.obs_dim, actors.action_space, torch.Generator().manual_seed(0))
-    agent.critic = torch.nn.Linear(2, 1)  # V(episode, step) = 7 episode + step / 100 + 3, exactly
-    agent.critic.weight.data, agent.critic.bias.data = torch.tensor([[700.0, 1.0]]), torch.tensor([3.0])
-    return agent
+def make_agent(obs_dim=2, space=Counter.action_space):
+    torch.manual_seed(0)
+    return ppo_clip.Agent(obs_dim, space)
 
 
 def value(episode, step):
     return 7 * episode + step / 100 + 3
 
 
-def walk(actors, agent, rng, iterations=4):
-    """Collect, and yield for every environment the rows of all iterations end to end."""
-    rollouts, batches = [], []
-    for _ in range(iterations):
-        rollout = actors.collect(agent, T, rng)
-        data = ppo_clip.empty_batch(agent, 2, T * N)
-        ppo_clip.fill_batch(data, agent, rollout, GAMMA, 0.0)  # lambda = 0: the advantage is one step's TD error
-        rollouts.append(rollout)
-        batches.append({key: x.unflatten(0, (T, N)) for key, x in data.items()})
-    return rollouts, batches
-
-
-@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
-def test_every_row_of_the_real_rollout(mode):
-    actors = make_actors(mode)
-    agent = make_agent(actors)
-    actors.reset(seed=(1, 0))
-    rollouts, batches = walk(actors, agent, torch.Generator().manual_seed(0))
-    episodes_ended, valid_rows = 0, 0
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_row_of_the_real_rollout(num_workers):
+    agent = make_agent()
+    agent.critic = torch.nn.Linear(2, 1)  # V(episode, step) = 7 episode + step / 100 + 3, exactly
+    agent.critic.weight.data, agent.critic.bias.data = torch.tensor([[700.0, 1.0]]), torch.tensor([3.0])
+    rollouts, rewards = [], []
+    with make_actors(agent, num_workers=num_workers) as actors:
+        for k in range(4):
+            rollout = {key: x.clone() for key, x in actors.collect(agent, seed=None if k else (1, 0)).items()}
+            batch = ppo_clip.make_batch(agent, rollout, GAMMA, 0.0)  # lambda = 0: the advantage is one step's TD error
+            rollouts.append((rollout, {key: x.unflatten(0, (T, N)) for key, x in batch.items()}))
+    episodes_ended = 0
     for n in range(N):
-        episode, step, starting = 0, 0, False
-        returns = []
-        for rollout, batch in zip(rollouts, batches, strict=True):
-            finals = {tuple(i): x for i, x in zip(rollout["final_index"].tolist(), rollout["final_obs"], strict=True)}
+        episode, step, discounted = 0, 0, 0.0
+        for rollout, batch in rollouts:
             for t in range(T):
-                if starting:  # next-step autoreset: this row only shows how the last episode ended
-                    assert rollout["valid"][t, n] == 0 and batch["weight"][t, n] == 0
-                    np.testing.assert_allclose(rollout["obs"][t, n] * 100, [episode, step], rtol=1e-5)
-                    assert rollout["reward"][t, n] == 0 and rollout["done"][t, n] == 0
-                    episode, step, starting = episode + 1, 0, False
-                    continue
-                valid_rows += 1
-                assert rollout["valid"][t, n] == 1
                 np.testing.assert_allclose(rollout["obs"][t, n] * 100, [episode, step], rtol=1e-5)
+                np.testing.assert_allclose(rollout["next_obs"][t, n] * 100, [episode, step + 1], rtol=1e-5)
                 reward = episode + step / 100
+                rewards.append(reward)
                 assert rollout["reward"][t, n].item() == pytest.approx(reward)
                 over = step + 1 == Counter.length(episode)
-                terminated, truncated = (over and flag for flag in Counter.ending(episode))
+                terminated, _ = (over and flag for flag in Counter.ending(episode))
                 assert (rollout["terminated"][t, n], rollout["done"][t, n]) == (terminated, over)
                 next_value = 0 if terminated else value(episode, step + 1)
                 td_error = min(reward, 10) + GAMMA * next_value - value(episode, step)
                 assert batch["advantage"][t, n].item() == pytest.approx(td_error, rel=1e-4, abs=1e-4)
-                returns.append(reward + GAMMA * (returns[-1] if step else 0))
-                assert rollout["discounted_return"][t, n].item() == pytest.approx(returns[-1], rel=1e-5)
-                if mode == AutoresetMode.SAME_STEP:
-                    assert ((t, n) in finals) == (truncated and not terminated)
-                    if (t, n) in finals:
-                        np.testing.assert_allclose(finals[t, n] * 100, [episode, step + 1], rtol=1e-5)
-                step += 1
-                if over:
-                    episodes_ended += 1
-                    starting = mode == AutoresetMode.NEXT_STEP
-                    if not starting:
-                        episode, step = episode + 1, 0
+                assert batch["return"][t, n].item() == pytest.approx(td_error + value(episode, step), rel=1e-4)
+                discounted = reward + GAMMA * discounted
+                assert rollout["discounted_return"][t, n].item() == pytest.approx(discounted, rel=1e-5)
+                episode, step, discounted = (episode + 1, 0, 0.0) if over else (episode, step + 1, discounted)
+                episodes_ended += over
     assert actors.episodes == episodes_ended > 40
-    assert sum(int(r["valid"].sum()) for r in rollouts) == valid_rows
-    lengths = [Counter.length(k) for k in range(60)]
-    assert set(actors.lengths) <= set(lengths) and len(actors.lengths) == min(100, episodes_ended)
+    lengths = {Counter.length(k) for k in range(60)}
+    assert {length for _, length in actors.last} <= lengths and len(actors.last) == min(100, episodes_ended)
 
 
-def test_episode_returns_are_raw_and_whole():
-    actors = make_actors(AutoresetMode.SAME_STEP)
-    actors.reset(seed=(1, 0))
-    actors.collect(make_agent(actors), 7, torch.Generator())  # lengths 3, 4: two whole episodes in each environment
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_episode_returns_are_raw_whole_and_in_order(num_workers):
+    agent = make_agent()
+    with make_actors(agent, num_steps=7, num_workers=num_workers) as actors:
+        actors.collect(agent, seed=(1, 0))  # lengths 3, 4: two whole episodes in each environment
     first, second = 0 + 0.01 + 0.02, 4 * 1 + 0.01 + 0.02 + 0.03
-    assert list(actors.returns) == pytest.approx([first] * N + [second] * N)
-    assert actors.statistics() == {
-        "episodes": 6,
-        "episodic_return": pytest.approx((first + second) / 2),
-        "episodic_length": 3.5,
-    }
+    assert list(actors.last) == [(pytest.approx(first), 3)] * N + [(pytest.approx(second), 4)] * N
+    mean = {"episodic_return": pytest.approx((first + second) / 2), "episodic_length": 3.5}
+    assert actors.statistics() == {"episodes": 6} | mean
 
 
-def test_normaliser_ignores_reset_rows():
-    actors = make_actors(AutoresetMode.NEXT_STEP)
-    agent = make_agent(actors)
-    actors.reset(seed=(1, 0))
-    rollout = actors.collect(agent, T, torch.Generator())
-    agent.update_normalisers(rollout)
-    rows = rollout["obs"][:-1][rollout["valid"] > 0].double()
-    torch.testing.assert_close(agent.obs_rms.mean, rows.mean(0))
-    assert agent.obs_rms.count == len(rows) < T * N
+def test_a_seed_begins_new_episodes_and_none_goes_on():
+    agent = make_agent()
+    with make_actors(agent, num_steps=2) as actors:
+        rows = [actors.collect(agent, seed)["obs"][:, 0, 1].tolist() for seed in ((1, 0), None, (1, 4))]
+    assert rows == [pytest.approx(x) for x in ([0, 0.01], [0.02, 0], [0, 0.01])]
+    assert actors.episodes == N  # what the third call dropped does not count
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_the_ratio_is_one_before_the_first_update(env_id):
+def test_the_statistics_take_all_rows():
+    agent = make_agent()
+    with make_actors(agent) as actors:
+        rollout = actors.collect(agent, seed=(1, 0))
+    agent.update_statistics(rollout)
+    torch.testing.assert_close(agent.obs_rms.mean, rollout["obs"].flatten(0, 1).double().mean(0))
+    torch.testing.assert_close(agent.return_rms.var, rollout["discounted_return"].double().var(correction=0))
+    assert agent.obs_rms.count == agent.return_rms.count == T * N
+
+
+@pytest.mark.parametrize("env_id,D,space", [("CartPole-v1", 4, gym.spaces.Discrete(2)), ("Pendulum-v1", 3, None)])
+def test_the_ratio_is_one_before_the_first_update(env_id, D, space):
     """With statistics that have moved: acting, log-probabilities and update see the same normaliser."""
-    actors = ppo_clip.Actors(ppo_clip.make_envs(ppo_clip.Args(env_id=env_id, num_envs=4)), 0.99)
-    agent = ppo_clip.Agent(actors.obs_dim, actors.action_space, torch.Generator().manual_seed(0))
-    actors.reset(seed=(1, 0))
-    rng, data = torch.Generator().manual_seed(0), ppo_clip.empty_batch(agent, actors.obs_dim, 256)
-    for _ in range(2):
-        rollout = actors.collect(agent, 64, rng)
-        ppo_clip.fill_batch(data, agent, rollout, 0.99, 0.95)
-        index = torch.randperm(256, generator=rng)[:64]
-        policy = agent.policy(data["obs"][index])
-        ratio = (agent.dist.log_prob(policy, data["action"][index]) - data["logprob"][index]).exp()
-        assert (ratio - 1).abs().max() < 1e-5
-        assert ppo_clip.mean_kl(agent, data) < 1e-9
-        agent.update_normalisers(rollout)
+    agent = make_agent(D, space or gym.spaces.Box(-2, 2, (1,)))
+    with make_actors(agent, env_id=env_id, num_envs=4, num_steps=64) as actors:
+        for k in range(2):
+            rollout = actors.collect(agent, seed=(1, k))
+            batch = ppo_clip.make_batch(agent, rollout, 0.99, 0.95)
+            ratio = (agent.policy(batch["obs"]).log_prob(batch["action"]) - batch["logprob"]).exp()
+            assert (ratio - 1).abs().max() < 1e-5 and ppo_clip.mean_kl(agent, batch) < 1e-9
+            again = agent.act(rollout["obs"][5], actors.noise[5])  # what was recorded is what the policy does
+            torch.testing.assert_close(again, rollout["action"][5])
+            agent.update_statistics(rollout)
 
 
-def test_sync_async_and_seeds():
-    """Async equals sync bit for bit; another seed or another step gives other episodes."""
-    observations = []
-    for vectorization, seed in (("sync", (1, 0)), ("async", (1, 0)), ("sync", (2, 0)), ("sync", (1, 2048))):
-        args = ppo_clip.Args(env_id="Pendulum-v1", num_envs=2, vectorization=vectorization)
-        actors = ppo_clip.Actors(ppo_clip.make_envs(args), 0.99)
-        agent = ppo_clip.Agent(3, actors.action_space, torch.Generator().manual_seed(0))
-        actors.reset(seed=seed)
-        observations.append(actors.collect(agent, 300, torch.Generator().manual_seed(0))["obs"])
-        actors.envs.close()
-    sync, asynchronous, other_seed, other_step = observations
-    assert torch.equal(sync, asynchronous)
-    assert not torch.equal(sync[0], other_seed[0]) and not torch.equal(sync[0], other_step[0])
-
-
-def test_envpool_rows_and_seeds():
-    pytest.importorskip("envpool", reason="optional package envpool is not installed")
-    args = ppo_clip.Args(env_id="CartPole-v1", num_envs=4, vectorization="envpool")
-    obs = []
-    for seed in (1, 1, 2):
-        actors = ppo_clip.Actors(ppo_clip.make_envs(args), 0.99)
-        agent = ppo_clip.Agent(4, actors.action_space, torch.Generator().manual_seed(0))
-        actors.reset(seed=(seed, 0))
-        rollout = actors.collect(agent, 200, torch.Generator().manual_seed(0))
-        obs.append(rollout["obs"])
-        done, valid, reward = (rollout[key] for key in ("done", "valid", "reward"))
-        assert torch.equal(valid[1:], 1 - done[:-1]) and done.sum() > 10  # EnvPool resets on the step after the end
-        assert (reward[valid == 0] == 0).all() and (reward[valid == 1] == 1).all()
-        assert sum(actors.lengths) <= valid.sum() and list(actors.lengths) == list(actors.returns)
-        limits = torch.tensor([2.4, 0.2095]) * 1.2
-        assert (rollout["obs"][:-1][valid > 0][:, [0, 2]].abs() < limits).all()
-    assert torch.equal(obs[0], obs[1]) and not torch.equal(obs[0][0], obs[2][0])
+def test_seeds():
+    """Another seed or another step gives other episodes, the same ones the same."""
+    agent, observations = make_agent(3, gym.spaces.Box(-2, 2, (1,))), []
+    for seed in ((1, 0), (1, 0), (2, 0), (1, 2048)):
+        with make_actors(agent, env_id="Pendulum-v1", num_envs=2) as actors:
+            observations.append(actors.collect(agent, seed)["obs"][0].clone())
+    assert torch.equal(observations[0], observations[1]) and not torch.equal(observations[0][0], observations[0][1])
+    assert not torch.equal(observations[0], observations[2]) and not torch.equal(observations[0], observations[3])
 
 
 def test_actions_reach_the_environment_clipped_and_shifted():
-    output = np.array([[0.3, -9.0], [5.0, 0.0]], dtype=np.float32)
+    action = np.array([[0.3, -9.0], [5.0, 0.0]], dtype=np.float32)
     box = gym.spaces.Box(-1, np.inf, (2, 1))
-    assert ppo_clip.env_action(output, box).tolist() == [[[pytest.approx(0.3)], [-1]], [[5], [0]]]
-    assert ppo_clip.env_action(output, gym.spaces.Discrete(2, start=5)).tolist() == [5, 5]
-    assert ppo_clip.env_action(output[0], gym.spaces.Discrete(2)) == 0
+    assert ppo_clip.env_action(action, box).tolist() == [[[pytest.approx(0.3)], [-1]], [[5], [0]]]
+    assert ppo_clip.env_action(np.array([0, 1]), gym.spaces.Discrete(2, start=5)).tolist() == [5, 6]
 
 
 def test_the_first_rollout_sets_the_scale_without_moving_the_policy():
     """Why train() may scale the first rollout by itself: the untrained policy is the same on raw and scaled input."""
-    actors = ppo_clip.Actors(ppo_clip.make_envs(ppo_clip.Args(env_id="Pendulum-v1", num_envs=4)), 0.99)
-    agent = ppo_clip.Agent(actors.obs_dim, actors.action_space, torch.Generator().manual_seed(0))
-    actors.reset(seed=(1, 0))
-    rollout = actors.collect(agent, 64, torch.Generator().manual_seed(0))
-    raw = agent.policy(agent.obs_rms.normalizer()(rollout["obs"]))
-    agent.update_normalisers(rollout)
-    scaled = agent.policy(agent.obs_rms.normalizer()(rollout["obs"]))
-    assert agent.dist.kl(raw, scaled).max() < 1e-3  # the head of an untrained policy is small
+    agent = make_agent(3, gym.spaces.Box(-2, 2, (1,)))
+    with make_actors(agent, env_id="Pendulum-v1") as actors:
+        rollout = actors.collect(agent, seed=(1, 0))
+    raw = agent.policy(agent.obs_rms(rollout["obs"]))
+    agent.update_statistics(rollout)
+    scaled = agent.policy(agent.obs_rms(rollout["obs"]))
+    assert torch.distributions.kl_divergence(raw, scaled).max() < 1e-3  # the last layer of a new policy is small

@@ -1,5 +1,9 @@
 """Small environments where the right answer is known. `toy_envs:NAME-v0` makes gymnasium import this module first."""
 
+import os
+import time
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
@@ -164,6 +168,68 @@ class Unrenderable(Picture):
         raise RuntimeError("no display\nand a second line")
 
 
+class Broken(ConstantReward):
+    """Fails in the call, in the way, and after the number of steps that its keywords say."""
+
+    episode_length = 5
+
+    def __init__(self, call="step", way="raise", after=30):
+        self.call, self.way, self.after, self.steps = call, way, after, 0
+        if call == "__init__":
+            self.fail()
+
+    def fail(self):
+        if self.way == "raise":
+            raise ZeroDivisionError("a bug\nin two lines")
+        if self.way == "exit":
+            os._exit(3)
+        if self.way == "hang":
+            time.sleep(3600)
+        return {"shape": np.zeros(3, np.float32), "short": np.zeros(()), "nan": np.array([np.nan], np.float32)}[
+            self.way
+        ]
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return (self.fail() if self.call == "reset" and self.steps >= self.after else obs), info
+
+    def step(self, action):
+        self.steps += 1
+        obs, *rest = super().step(action)
+        return (self.fail() if self.call == "step" and self.steps > self.after else obs), *rest
+
+    def good(self, action):
+        return super().step(action)
+
+
+class NoRenderMode(ConstantReward):
+    """An __init__ that takes no render_mode, as many people write it."""
+
+    episode_length = 5
+
+    def __init__(self):
+        self.known = True
+
+
+class Image(ConstantReward):
+    observation_space = Box(0, 255, (8, 8, 3), np.uint8)
+
+
+class Slow(ConstantReward):
+    """Takes a second to be made."""
+
+    episode_length = 5
+
+    def __init__(self):
+        Path("making").touch()
+        time.sleep(1)
+
+
 for cls in list(globals().values()):
     if isinstance(cls, type) and issubclass(cls, gym.Env) and cls not in (gym.Env, Toy):
         gym.register(f"{cls.__name__}-v0", entry_point=cls)
+
+for call, way in [("__init__", "raise"), ("reset", "raise"), ("reset", "nan"), ("reset", "shape")]:
+    gym.register(f"Broken-{call}-{way}-v0", entry_point=Broken, kwargs={"call": call, "way": way})
+for way in ("raise", "shape", "short", "nan", "exit", "hang"):
+    gym.register(f"Broken-step-{way}-v0", entry_point=Broken, kwargs={"way": way})
