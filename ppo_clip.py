@@ -33,12 +33,12 @@ What the paper does not mention, and what all results depend on (Engstrom et al.
 - A time limit is not the end of the world: the estimate continues a truncated episode with V of its last state.
 - 8 environments x 256 steps replace the paper's 1 x 2048: the same batch, collected in parallel.
 
-    python ppo_clip.py --env-id Hopper-v4                               # 1M steps: about two minutes
+    python ppo_clip.py --env-id Hopper-v4                               # 1M steps: one to two minutes
     python ppo_clip.py --resume runs/Hopper-v4__ppo_clip__1__DATE       # goes on where it stopped, bit for bit
     python ppo_clip.py --evaluate runs/Hopper-v4__ppo_clip__1__DATE     # without noise; prints one line of JSON
     python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # Discrete actions work, too
 
-Expect after 1M steps: Hopper-v4 1900-3200, Walker2d-v4 1700-4400, HalfCheetah-v4 900-4200; CartPole-v1 500 at 200k.
+Expect after 1M steps: Hopper-v4 1400-3200, Walker2d-v4 1700-4400, HalfCheetah-v4 900-4200; CartPole-v1 500 at 200k.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
 A actions (Discrete) or action dimensions (Box), P numbers that describe the policy in one state.
@@ -572,11 +572,16 @@ class Actors:
     def __enter__(self):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.own, self.workers = Environments(*self.parts[0]), []
-        for part in self.parts[1:]:
-            ours, theirs = context.Pipe()
-            self.workers.append((context.Process(target=work, args=(theirs, *part), daemon=True), ours))
-            self.workers[-1][0].start()
-            theirs.close()
+        try:
+            for part in self.parts[1:]:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=work, args=(theirs, *part), daemon=True)
+                process.start()
+                self.workers.append((process, ours))
+                theirs.close()
+        except BaseException:  # Ctrl-C, say
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error):

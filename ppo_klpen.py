@@ -37,12 +37,12 @@ Departures from the paper:
 - Scaling, initialisation, normalised advantages and the falling learning rate are those of ppo_clip.py, so that the
   objective is the only difference. As the rate goes to 0 the KL does, too, and beta follows it down.
 
-    python ppo_klpen.py --env-id Hopper-v4                              # 1M steps: about two minutes
+    python ppo_klpen.py --env-id Hopper-v4                              # 1M steps: one to two minutes
     python ppo_klpen.py --env-id Hopper-v4 --beta-schedule fixed        # the price stays 1
     python ppo_klpen.py --resume runs/Hopper-v4__ppo_klpen__1__DATE     # goes on where it stopped, bit for bit
     python ppo_klpen.py --evaluate runs/Hopper-v4__ppo_klpen__1__DATE   # without noise; prints one line of JSON
 
-Expect after 1M steps: Hopper-v4 1600-2500, Walker2d-v4 1500-3800, HalfCheetah-v4 1500-4100. At the same KL the penalty
+Expect after 1M steps: Hopper-v4 1600-2600, Walker2d-v4 1500-3900, HalfCheetah-v4 1500-4100. At the same KL the penalty
 keeps the policy's standard deviation larger than clipping does, and a hopper that explores more falls more, unless it
 looks further ahead: 3000-3600 with --gamma 0.995.
 
@@ -584,11 +584,16 @@ class Actors:
     def __enter__(self):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.own, self.workers = Environments(*self.parts[0]), []
-        for part in self.parts[1:]:
-            ours, theirs = context.Pipe()
-            self.workers.append((context.Process(target=work, args=(theirs, *part), daemon=True), ours))
-            self.workers[-1][0].start()
-            theirs.close()
+        try:
+            for part in self.parts[1:]:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=work, args=(theirs, *part), daemon=True)
+                process.start()
+                self.workers.append((process, ours))
+                theirs.close()
+        except BaseException:  # Ctrl-C, say
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error):
