@@ -1,85 +1,93 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==4.0.0",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
 """Trust Region Policy Optimization (Schulman et al. 2015, arXiv 1502.05477), constrained and penalised.
 
-With the probability ratio r_t = pi(a_t|s_t) / pi_old(a_t|s_t) and an advantage estimate A_t, maximise the surrogate
+A policy pi(a|s) gives a probability to every action. The advantage A_t says how much better an action turned out than
+the policy's average action in that state. The ratio r_t = pi(a_t|s_t) / pi_old(a_t|s_t) reweights what pi_old collected
+as if pi had chosen the actions. So L = mean[ r_t A_t ], the surrogate, tells how good a policy pi is before it has ever
+acted. Its gradient at pi_old is the policy gradient.
 
-    L(theta) = mean[ r_t A_t ]   subject to   mean[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= max_kl      TRPO eq. (14)
+Why a trust region. L knows only the states that pi_old came to. Another policy comes to others, and the more it
+differs, the less L is worth. So look for the best policy not anywhere, but near pi_old:
 
-(notes §1.3) by one natural-gradient step an iteration. L is replaced by its gradient g, the KL by 0.5 s'Fs with F its
-Hessian at pi_old, the Fisher matrix. Conjugate gradients solve F x = g from products F v; F is never formed. Then
+    maximise   L(theta) = mean[ r_t A_t ]
+    subject to mean[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= max_kl                                         TRPO eq. (14)
 
-    constrained (form 1)    s = sqrt(2 max_kl / x'Fx) x      the optimum of g's under 0.5 s'Fs <= max_kl
-    penalised   (form 2)    s = x / beta                     the optimum of g's - 0.5 beta s'Fs
+Why the KL divergence. Near must mean that both act alike, and a distance between parameters does not say that. To move
+the mean action by 0.1 is nothing if the standard deviation is 1, and everything if it is 0.01. The KL compares the
+distributions themselves, in every state, whatever parameters describe them.
 
-and a line search along s, s c, s c^2, ... takes the first candidate that keeps what the approximations promised:
-constrained, L above L_old and the KL within its bound; penalised, L - beta KL above its old value. If none does,
-nothing moves. The two forms are equivalent in one sense: at beta* = sqrt(g'x / (2 max_kl)) their full steps are the
-same vector (logged as `beta_star`).
+Why the natural gradient. A short step s raises L by about g's, where g is its gradient, and the KL by about 0.5 s'Fs:
+at pi_old the KL is 0, its smallest value, so it begins with its second derivative F, the Fisher matrix. Of all steps
+that cost the same KL, those along x = F^-1 g raise L most. F has a row and a column for every parameter and is never
+formed: conjugate gradients solve F x = g from products F v.
 
-    A_t = delta_t + gamma lambda (1-done_t) A_{t+1}                   GAE (1506.02438) eq. (16)
-    delta_t = r_t + gamma (1-terminated_t) V(s_{t+1}) - V(s_t)
+Where the square root comes from. A step a x costs 0.5 a^2 x'Fx. The longest that is allowed costs max_kl:
 
---kl-constraint max bounds the largest KL over states, the notes' stricter variant. It is a heuristic here: a maximum
-over the *sampled* states only, and a direction that is still the mean KL's. The theorem behind "monotonic improvement"
-(TRPO theorem 1) is about another problem, L - C max KL with C = 4 eps gamma / (1-gamma)^2 and eps = max |A|. That C is
-logged as `penalty_coefficient_of_the_bound`: some 10^5, which would make steps too small to see. The constraint exists
-because of that.
+    s = sqrt(2 max_kl / x'Fx) x
 
-Where this file departs from the paper, and why:
-- Advantages are GAE with a learned critic, which is fitted *after* the policy step by minibatch Adam on the
-  lambda-returns; the paper used Monte Carlo returns and no critic.
-- F is damped (F + 0.1 I), as in the field's codes: on one batch, in float32, F is nearly singular. So the KL of a full
-  step lies below max_kl by design.
-- Observations and rewards are scaled by running statistics, layers are initialised orthogonally, advantages are
-  normalised over the batch: what separates "TRPO+" from TRPO in Engstrom et al. 2020.
-- A time limit is not the end of the world: a truncated episode bootstraps from the value of its true last state.
-- 2048 steps an iteration, N = 8 environments x T = 256, and 488 iterations a run; the paper had 50 000 and 200.
-- gamma is 0.995, as in the first author's code (modular_rl); the paper's Table 2 has 0.99, with which a hopper runs
-  faster and falls sooner: 1884 on average of five seeds, not 3348 (but Walker2d 3648, not 3115).
+Why a line search is still needed. Both approximations hold only nearby, and s is not that short. So s, c s, c^2 s, ...
+are tried on the true L and the true KL, and the first that raises L within the bound is taken. If none does, nothing
+moves.
 
-Commands:
-    python trpo_continuous.py --env-id Hopper-v4                          # 1M steps, 2-3 minutes on one CPU core
-    python trpo_continuous.py --env-id Hopper-v4 --kl-constraint max --max-kl 0.2
-    python trpo_continuous.py --env-id Hopper-v4 --form penalized --beta-schedule adaptive
-    python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__20260101-120000
-    python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__20260101-120000 --eval-episodes 20
+Three forms:
+- Constrained, mean KL (the default): as above. One chooses how far the policy moves.
+- Constrained, maximum KL (--kl-constraint max): the KL of every single state stays within max_kl. This is nearer to
+  the theory, but a heuristic: only this batch's states are looked at, and the direction is still the mean KL's.
+- Penalised (--form penalized): maximise L - beta * mean KL. The best step is s = x / beta, and the line search asks
+  that L - beta * KL rises. One chooses the price of the KL, and the gradient decides how far the policy moves; an
+  adaptive beta doubles and halves to keep the KL near max_kl. At beta* = sqrt(x'Fx / (2 max_kl)), which is logged as
+  `beta_star`, the full step is that of the first form.
 
-Expect, at 1M steps with default flags (README: seeds and spreads): Hopper-v4 3200-3700, Walker2d-v4 2500-3500,
-HalfCheetah-v4 1500-3900.
+No form guarantees that the return rises. The theorem that does (TRPO theorem 1) subtracts C * max KL from L, with
+C = 4 eps gamma / (1-gamma)^2 and eps = max |A|. That C, logged as `penalty_coefficient_of_the_bound`, is some 10^5:
+steps would be too small to see. This is why the paper sets a bound instead.
 
-Shapes: T steps, N envs, B = T*N, M minibatch, D observation, A action, P = 2A numbers that describe pi(.|s);
-"policy vector": the actor's parameters and log std in one vector.
+Departures from the paper:
+- Advantages come from a critic (GAE), which is fitted after the policy's step; the paper used returns alone.
+- F is damped (F + 0.1 I), as in the field's codes, since on one batch it is nearly singular. So a full step has less KL
+  than max_kl, by design.
+- Observations and rewards are scaled by running statistics, layers start orthogonal, advantages are normalised. This
+  is what separates "TRPO+" from TRPO in Engstrom et al. 2020.
+- A time limit is not the end of the world: the estimate continues a truncated episode with V of its last state.
+- A run has 488 iterations of 8 environments x 256 steps; the paper had 200 of 50 000 steps and more. With so few steps
+  its max_kl of 0.01 is a little slow: here it is 0.02.
+- gamma is 0.995, as in the first author's code. With the paper's 0.99 a hopper runs faster and falls sooner: 1884, not
+  3348, on average of five seeds (but Walker2d 3648, not 3115).
+
+    python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: about two minutes
+    python trpo_continuous.py --kl-constraint max --max-kl 0.2                # bounds the largest KL, not the mean
+    python trpo_continuous.py --form penalized --beta-schedule adaptive       # the price follows the KL
+    python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on, bit for bit
+    python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__DATE    # prints one line of JSON
+
+Expect after 1M steps: Hopper-v4 2900-3600, Walker2d-v4 2500-3500, HalfCheetah-v4 1500-3900.
+
+Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
+A action dimensions, P = 2A numbers that describe the policy in one state, K numbers in theta, the policy's parameters.
 """
 
 import contextlib
-import csv
-import dataclasses
-import hashlib
+import copy
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
+import traceback
+import zipfile
 from collections import deque
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -88,557 +96,505 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from torch._higher_order_ops.scan import scan
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = "trpo_continuous"  # written into checkpoints and folder names; a checkpoint of another script is refused
+SCRIPT = Path(__file__).stem  # the file's own name: a copy under another name makes, and accepts, runs of its own
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+ROLLOUT = ("obs", "next_obs", "action", "reward", "terminated", "done", "discounted_return")
+Distribution.set_default_validate_args(False)  # looking at every argument would wait for the GPU in each minibatch
 
 
 @dataclass
 class Args:
-    """Trust Region Policy Optimization. Defaults: TRPO paper, appendix, where it has them; else the field's."""
+    """Trust Region Policy Optimization. Defaults: the paper's appendix, where it has them; else the field's codes."""
 
-    # the run
-    env_id: str = "Hopper-v4"
-    """gymnasium environment id (Box actions)"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the whole run; every schedule is a function of global_step / total_timesteps"""
-    seed: int = 1
-    """all randomness of the run follows from it"""
-    cuda: bool = False
-    """train on the GPU (with 64-64 networks and few environments a CPU core is faster)"""
-    compile: bool = True
-    """torch.compile the critic's minibatch update: some 10 s of start-up, less once cached, then four times faster
-    updates; runs shorter than 200 000 steps default to --no-compile"""
-    run_dir: str | None = None
-    """this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)"""
-    checkpoint_every: int = 100_000
-    """write a checkpoint whenever global_step passes a multiple of this; episodes in flight are truncated there"""
-    resume: str | None = None
-    """a checkpoint or a run folder to go on from; flags that are not given keep the checkpoint's values"""
-    stop_at_step: int | None = None
-    """end this process, with a checkpoint, at the first iteration end at or past this step"""
-    evaluate: str | None = None
-    """no training: run the policy of this checkpoint or run folder with its mean action and print one JSON line"""
-    eval_episodes: int = 10
-    """episodes of --evaluate"""
-    capture_video: bool = False
-    """with --evaluate: write a video of every episode beside the checkpoint"""
+    env_id: str = "Hopper-v4"  # gymnasium id, also my_module:MyEnv-v0; Box actions
+    total_timesteps: int = 1_000_000  # environment steps of the whole run
+    seed: int = 1  # all randomness of the run follows from it
+    cuda: bool = False  # train on the GPU (with 64-64 networks and few environments a CPU core is faster)
+    compile: bool = True  # torch.compile the critic's update; by default only where it pays, from 200 000 steps
+    run_dir: str | None = None  # this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)
+    checkpoint_every: int = 100_000  # write a checkpoint whenever global_step passes a multiple of this
+    resume: str | None = None  # a checkpoint or run folder to go on from; flags that are not given keep its values
+    stop_at_step: int | None = None  # end this process, with a checkpoint, at the first iteration end past this step
+    evaluate: str | None = None  # no training: run this checkpoint without noise and print one line of JSON
+    eval_episodes: int = 10  # with --evaluate: the number of episodes
+    capture_video: bool = False  # with --evaluate: write a video of every episode beside the checkpoint
 
-    # the actors
-    num_envs: int = 8
-    """N, parallel environments (N * T is what matters)"""
-    num_steps: int = 256
-    """T, steps in each environment per iteration; N * T = 2048"""
-    vectorization: Literal["sync", "async", "envpool"] = "sync"
-    """how the environments are stepped: in this process, one process each, or EnvPool's threads (optional package)"""
+    num_envs: int = 8  # N, parallel environments (what matters is N * T)
+    num_steps: int = 256  # T, steps in each environment per iteration; N * T = 2048
+    num_workers: int = CORES  # processes that run the environments, this one included; 0: only this one
 
-    # the algorithm
-    form: Literal["constrained", "penalized"] = "constrained"
-    """constrained: notes' form 1, the KL under --max-kl. penalized: form 2, surrogate minus --beta times the KL"""
-    kl_constraint: Literal["mean", "max"] = "mean"
-    """constrained: bound the mean of KL(old||new) over the batch's states, or its maximum (a heuristic)"""
-    max_kl: float = 0.02
-    """constrained: delta, the bound. penalized: what an adaptive beta steers for. The paper's 0.01 belongs to batches
-    of 50 000 steps; with 2048 and 1M steps in all it is a little slow"""
-    beta: float = 1.0
-    """penalized: weight of the KL; its first value where it is adaptive"""
-    beta_schedule: Literal["fixed", "adaptive"] = "fixed"
-    """penalized: fixed, or doubled and halved to keep the KL within [max_kl / 1.5, 1.5 max_kl] (notes §2.2)"""
-    cg_iters: int = 10
-    """iterations of conjugate gradients (TRPO paper, App. C)"""
-    cg_damping: float = 0.1
-    """added to the diagonal of the Fisher matrix"""
-    fvp_subsample: int = 1
-    """use every k-th state in Fisher-vector products (the paper used a tenth); never in the gradient"""
-    backtrack_coeff: float = 0.8
-    """c, factor from one candidate of the line search to the next"""
-    backtrack_iters: int = 10
-    """candidates of the line search; if none is acceptable the policy stays as it is"""
-    gamma: float = 0.995
-    """discount; the paper's Table 2 has 0.99"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
-    norm_adv: bool = True
-    """normalise advantages to mean 0 and standard deviation 1 over the batch"""
-    vf_epochs: int = 20
-    """the critic's passes over each batch"""
-    vf_learning_rate: float = 1e-3
-    """the critic's Adam step size"""
-    num_minibatches: int = 16
-    """the critic's minibatches per pass; 2048 / 16 = 128 samples each"""
+    form: Literal["constrained", "penalized"] = "constrained"  # bound the KL by max_kl, or subtract beta times the KL
+    kl_constraint: Literal["mean", "max"] = "mean"  # constrained: the mean KL over the batch's states, or the largest
+    max_kl: float = 0.02  # constrained: the bound; adaptive beta: the KL of an iteration to steer for
+    beta: float = 1.0  # penalized: the weight of the KL; where it is adaptive, its first value
+    beta_schedule: Literal["fixed", "adaptive"] = "fixed"  # penalized: always beta, or steer the KL (PPO section 4)
+    cg_iters: int = 10  # iterations of conjugate gradients (App. C); on a stiff problem 10 gain 82-85 % of what 40 do
+    cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
+    fvp_subsample: int = 1  # F from every k-th step of all environments (the paper: a tenth of the states); 5 saves 4 %
+    backtrack_coeff: float = 0.8  # c, from one candidate of the line search to the next
+    backtrack_iters: int = 10  # candidates of the line search; if none is acceptable the policy stays as it is
+    gamma: float = 0.995  # discount (Table 2: 0.99)
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    norm_adv: bool = True  # normalise advantages to mean 0 and standard deviation 1 over the batch
+    vf_epochs: int = 20  # the critic's passes over each batch
+    vf_learning_rate: float = 1e-3  # the critic's Adam step size
+    num_minibatches: int = 16  # the critic's minibatches per pass; 2048 / 16 = 128 samples each
 
 
-# ==== Networks and distributions ======================================================================================
+# ==== Networks ========================================================================================================
 
 
-class DiagGaussian:
-    """Normal distribution with diagonal covariance (Box actions). A policy is a tensor (..., P = 2A): mean, log std."""
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far. Networks learn best from numbers of about size 1, and nobody knows an
+    environment's sizes beforehand. The statistics are buffers of the agent, so they are saved with its weights."""
 
-    @staticmethod
-    def log_prob(policy, action):  # -> (...), summed over the action's dimensions
-        mean, log_std = policy.chunk(2, dim=-1)
-        z = (action - mean) * (-log_std).exp()
-        return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+    def __init__(self, *shape):
+        super().__init__()
+        for name, x in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("count", torch.zeros(()))):
+            self.register_buffer(name, x.double())
+        self.register_buffer("inv_std", self.var.clone())
 
-    @staticmethod
-    def entropy(policy):  # -> (...)
-        return (policy.chunk(2, dim=-1)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+    def update(self, x):
+        """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule."""
+        x, n = x.to(self.mean), len(x)
+        total, delta = self.count + n, x.mean(0) - self.mean
+        m2 = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
+        self.mean.add_(delta * n / total)
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # what never moved has no scale: 1
 
-    @staticmethod
-    def kl(old, new):
-        """KL(old || new) in closed form, nats. (..., 2A), (..., 2A) -> (...)"""
-        (m0, s0), (m1, s1) = old.chunk(2, dim=-1), new.chunk(2, dim=-1)
-        return (s1 - s0 + 0.5 * ((2 * s0).exp() + (m0 - m1).square()) * (-2 * s1).exp() - 0.5).sum(-1)
+    def forward(self, x):
+        return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
 
 
-def mlp(inputs, outputs, output_gain, rng):
-    """64-64 tanh network (Table 3's text), orthogonal initialisation with zero biases."""
-    sizes, gains = [inputs, 64, 64, outputs], [math.sqrt(2), math.sqrt(2), output_gain]
+def mlp(inputs, outputs, output_gain, hidden=(64, 64), activation=nn.Tanh):
+    """Fully connected network, 64-64 with tanh as in the paper. An orthogonal matrix keeps lengths, so signals neither
+    fade nor explode from layer to layer; the gain sqrt(2) makes up for what the activation takes away."""
     layers = []
-    for n_in, n_out, gain in zip(sizes, sizes[1:], gains):
-        layer = nn.Linear(n_in, n_out)
-        nn.init.orthogonal_(layer.weight, gain, generator=rng)
-        nn.init.zeros_(layer.bias)
-        layers += [layer, nn.Tanh()]
+    for n_in, n_out in pairwise((inputs, *hidden, outputs)):
+        layers += [nn.Linear(n_in, n_out), activation()]
+        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, output_gain)
     return nn.Sequential(*layers[:-1])
 
 
 class Agent(nn.Module):
-    """Policy pi(a|s), value V(s), and the normalisers they see the world through: saved and loaded as one."""
+    """The policy pi(a|s), the value V(s), and the statistics that scale what both see. Acting, learning, evaluation and
+    checkpoints all use this class: to change the model, change it here."""
 
-    discrete, dist = False, DiagGaussian
-
-    def __init__(self, obs_dim, action_space, rng):
+    def __init__(self, obs_dim, action_space):
         super().__init__()
-        self.action_dim = int(np.prod(action_space.shape))
-        self.policy_dim = 2 * self.action_dim
-        self.actor = mlp(obs_dim, self.action_dim, 0.01, rng)  # a small last layer: actions start close to 0
-        self.critic = mlp(obs_dim, 1, 1.0, rng)
-        self.log_std = nn.Parameter(torch.zeros(self.action_dim))  # the same in all states
-        self.obs_rms = RunningMeanStd((obs_dim,))
-        self.return_rms = RunningMeanStd(())
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first no action is preferred
+        self.critic = mlp(obs_dim, 1, output_gain=1.0)
+        if not self.discrete:
+            # One free standard deviation per action dimension, the same in all states. As an output of the network it
+            # could vanish in states where the first actions happened to be good, and with it the exploration that
+            # would find better ones.
+            self.log_std = nn.Parameter(torch.zeros(self.action_dim))
+        self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
 
-    def policy_parameters(self):
-        """What TRPO's step moves: the mean's network and the standard deviation, nothing of the critic."""
-        return [*self.actor.parameters(), self.log_std]
+    def policy_parameters(self, obs):  # (..., D) -> (..., P): logits, or mean and log standard deviation
+        out = self.actor(obs)
+        return out if self.discrete else torch.cat([out, self.log_std.expand_as(out)], -1)
 
-    @torch.no_grad()
-    def frozen_actor(self):
-        """The actor as it is now, as a numpy function of raw observations (N, D) -> (N, A), the mean action.
-        A rollout needs no gradient, and for a handful of rows numpy answers in a third of PyTorch's time."""
-        normalize = self.obs_rms.normalizer(numpy=True)
-        (w1, b1, w2, b2, w3, b3) = (p.cpu().numpy().T.copy() for p in self.actor.parameters())
-        return lambda obs: np.tanh(np.tanh(normalize(obs) @ w1 + b1) @ w2 + b2) @ w3 + b3
+    def distribution(self, parameters):  # (..., P)
+        if self.discrete:
+            return Categorical(logits=parameters)
+        mean, log_std = parameters.chunk(2, -1)
+        return Independent(Normal(mean, log_std.exp()), 1)  # log-probabilities are summed over the action's dimensions
 
-    @torch.no_grad()
-    def noise(self, T, N, rng):
-        """What turns the actor's output into a sample when added to it (T, N, A): std * N(0, 1)."""
-        return (self.log_std.exp().cpu() * torch.randn((T, N, self.action_dim), generator=rng)).numpy()
+    def policy(self, obs):
+        """The distribution pi(.|s) at normalised observations (..., D)."""
+        return self.distribution(self.policy_parameters(obs))
 
-    def policy(self, obs):  # (..., D) normalised -> (..., P)
-        mean = self.actor(obs)
-        return torch.cat([mean, self.log_std.expand_as(mean)], -1)
-
-    def value(self, obs):  # (..., D) normalised -> (...)
+    def value(self, obs):
+        """V(s) at normalised observations, in units of the scaled reward. (..., D) -> (...)"""
         return self.critic(obs).squeeze(-1)
 
-    def update_normalisers(self, rollout):
-        """Fold a rollout's observations and discounted returns into the running statistics."""
-        valid = rollout["valid"] > 0  # (T, N)
-        self.obs_rms.update(rollout["obs"][:-1][valid])
-        self.return_rms.update(rollout["discounted_return"][valid])
+    def noise(self, T, N):
+        """The random numbers of T x N actions: standard normal or, for Discrete, Gumbel. (T, N, A)"""
+        shape = (T, N, self.action_dim)
+        return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape)
+
+    def act(self, obs, noise):
+        """Sample actions at raw observations (N, D) by means of noise (N, A), which comes from outside, so that a run
+        has the same noise however many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
+        parameters = self.policy_parameters(self.obs_rms(obs))
+        if self.discrete:
+            return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
+        mean, log_std = parameters.chunk(2, -1)
+        return mean + log_std.exp() * noise
+
+    def update_statistics(self, rollout):
+        """Let a rollout's observations and discounted returns (T, N, ...) enter the running statistics."""
+        self.obs_rms.update(rollout["obs"].flatten(0, 1))
+        self.return_rms.update(rollout["discounted_return"].flatten())
+
+    def forward(self, function, *args):
+        """function(agent, *args). Through it torch.func.functional_call evaluates a function at other parameters."""
+        return function(self, *args)
 
 
-# ==== The mathematics: pure functions of tensors ======================================================================
+# ==== TRPO in the order in which it happens: collect (PPO's Algorithm 1 has the lines), advantages, policy, critic ====
+
+
+class Environments:
+    """Those of the N environments that one process runs, and where they stand between two rollouts."""
+
+    def __init__(self, args, part, old_agent, noise, rollout):
+        self.part, self.gamma = part, args.gamma  # part: their slice of range(N), n of them
+        self.old_agent, self.noise, self.rollout = old_agent, noise, rollout  # in memory that all processes share
+        self.envs = [make_env(args.env_id) for _ in range(part.start, part.stop)]
+        self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D)
+        self.discounted_return, self.episode_return, self.episode_length = np.zeros((3, len(self.envs)))
+
+    def begin_episode(self, i, t, **seed):
+        self.at = self.part.start + i, t  # to be named if the environment fails
+        self.obs[i] = checked(self.envs[i].reset(**seed)[0], self.obs[i].shape)
+        self.discounted_return[i] = self.episode_return[i] = self.episode_length[i] = 0
+
+    @torch.inference_mode()
+    def run(self, seeds=None):
+        """Run pi_old for T steps in each environment (line 3); write what happens into their columns of the rollout.
+
+        next_obs is the true successor, also where an episode ends: its last observation, not the first of the next one.
+        Only the policy is evaluated here. Values and log-probabilities follow in one large batch (make_batch), since no
+        parameter moves during a rollout. With seeds (N,), all environments begin new episodes first. Returns the
+        episodes that ended: (step, environment, raw return, length) each.
+        """
+        columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # views, (T, n, ...)
+        obs, next_obs, action, reward, terminated, done, discounted_return = columns
+        # NOTE: every process evaluates the policy on N rows, zero where the environment is not its own. Matrices of
+        # another size may be rounded differently, and the number of processes must not change a run.
+        all_obs, episodes = np.zeros(self.rollout["obs"].shape[1:], np.float32), []  # (N, D)
+        for i in range(len(self.envs) if seeds is not None else 0):
+            self.begin_episode(i, 0, seed=int(seeds[self.part][i]))
+        for t in range(len(self.noise)):
+            obs[t] = all_obs[self.part] = self.obs
+            action[t] = self.old_agent.act(torch.from_numpy(all_obs), self.noise[t]).numpy()[self.part]
+            for i, x in enumerate(env_action(action[t], self.envs[0].action_space)):
+                self.at = self.part.start + i, t
+                successor, reward[t, i], terminated[t, i], truncated, _ = self.envs[i].step(x)
+                next_obs[t, i] = self.obs[i] = checked(successor, self.obs[i].shape, reward[t, i])
+                done[t, i] = terminated[t, i] or truncated
+            self.discounted_return = self.discounted_return * self.gamma + reward[t]
+            discounted_return[t] = self.discounted_return
+            self.episode_return += reward[t]
+            self.episode_length += 1
+            for i in np.flatnonzero(done[t]):
+                episodes.append((t, self.part.start + i, self.episode_return[i], self.episode_length[i]))
+                self.begin_episode(i, t)
+        return episodes
+
+
+def env_action(action, space):
+    """Actions as the environments take them, (n, A) or (n,) -> (n, *space.shape). NOTE: only they see clipped actions;
+    log-probabilities belong to the actions that were sampled."""
+    if isinstance(space, gym.spaces.Discrete):
+        return action + space.start
+    return action.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimates, GAE (1506.02438) eq. (16), for episodes that end in two different ways.
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
-    All arguments (T, N). `next_value` is V of the true successor state, also where the episode was cut there by a time
-    limit; `done` = terminated or truncated. Returns A (T, N).
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. It is an estimate of the
+    advantage with little noise, but it believes V, which is wrong at first. The discounted sum of all deltas until the
+    episode ends believes only what happened, and is as noisy as whole episodes are. lambda trades one for the other:
 
-    A_t = delta_t + c_t A_{t+1} with c_t = gamma lambda (1-done_t) is summed by doubling: before the pass with a given
-    stride, advantage[t] holds the first `stride` terms of the sum from t, and decay[t] = c_t ... c_{t+stride-1}.
-    log2(T) vector operations instead of T small ones.
+        A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
+
+    Episodes end in two ways. Terminated: nothing follows, and V(s_{t+1}) counts as 0. Truncated, by a time limit say:
+    the world goes on unseen, and V(s_{t+1}) stands for it. Either way A_{t+1} is another episode's and is dropped.
     """
-    advantage = reward + gamma * next_value * (1 - terminated) - value  # delta_t
+    delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    stride = 1
-    while stride < len(advantage):
-        advantage[:-stride] += decay[:-stride] * advantage[stride:]
-        decay[:-stride] = decay[:-stride] * decay[stride:]
-        stride *= 2
+    advantage, following = torch.empty_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        following = advantage[t] = delta[t] + decay[t] * following
     return advantage
 
 
-def flat_gradient(y, params, **options):
-    """dy/dparams of a scalar y as one vector."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(y, params, **options)])
+@torch.no_grad()
+def make_batch(agent, rollout, gamma, gae_lambda):
+    """All that the update needs of the rollout, the old policy and the old value, computed once. Tensors (B, ...)."""
+    device = agent.return_rms.mean.device
+    obs, next_obs = (agent.obs_rms(rollout[key].to(device)) for key in ("obs", "next_obs"))  # (T, N, D)
+    value, next_value = agent.value(obs).cpu(), agent.value(next_obs).cpu()  # (T, N)
+    reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # so that values are about 1
+    advantage = gae(reward, value, next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
+    action, parameters = rollout["action"].to(device), agent.policy_parameters(obs)  # (T, N, A), (T, N, P)
+    batch = {"obs": obs, "action": action, "old_policy": parameters, "value": value, "advantage": advantage}
+    batch |= {"logprob": agent.distribution(parameters).log_prob(action), "return": advantage + value}
+    return {key: x.to(device).flatten(0, 1) for key, x in batch.items()}
 
 
-def surrogate_and_kl(agent, data):
-    """mean[r A] (TRPO eq. 14, notes §1.2) at the agent's present parameters, and KL(old||new) in closed form, averaged
-    over the batch's states and the largest of them. Scalars; rows with weight 0 are no transitions."""
-    weight = data["weight"] / data["weight"].sum()  # (B,)
-    policy = agent.policy(data["obs"])  # (B, P)
-    ratio = (agent.dist.log_prob(policy, data["action"]) - data["logprob"]).exp()
-    kl = agent.dist.kl(data["policy"], policy)
-    return (weight * ratio * data["advantage"]).sum(), (weight * kl).sum(), (kl * (weight > 0)).max()
+def policy_part(agent):
+    """The parameters that the policy's step moves, by name: those of the mean and of the standard deviation, nothing of
+    the critic."""
+    return {name: p for name, p in agent.named_parameters() if not name.startswith("critic.")}
 
 
-def fisher_product(agent, obs, weight, damping):
-    """The map v -> F v + damping v on policy vectors, F = Hessian of the mean KL(old||new) at new = old (TRPO App. C).
+def policy_parameters_at(agent, theta, obs):
+    """Agent.policy_parameters as a function of theta, all of policy_part in one vector. (K,), (B, D) -> (B, P)"""
+    part = policy_part(agent)
+    split = zip(part.items(), theta.split([p.numel() for p in part.values()]))
+    return functional_call(agent, {name: x.view(p.shape) for (name, p), x in split}, (Agent.policy_parameters, obs))
 
-    The KL's gradient is 0 there, but differentiating its product with v once more gives F v. The graph of that
-    gradient is built once and serves every product. NOTE: only `old` is a constant; with both sides, or neither,
-    detached, F would come out as 0.
+
+def surrogate_and_kl(agent, theta, data):
+    """mean[ r A ] (TRPO eq. 14) at theta, a scalar, and KL(old||new) in nats in each of the batch's states (B,)."""
+    old, new = data["old_policy"], policy_parameters_at(agent, theta, data["obs"])
+    old, new = agent.distribution(old), agent.distribution(new)
+    ratio = (new.log_prob(data["action"]) - data["logprob"]).exp()
+    return (ratio * data["advantage"]).mean(), kl_divergence(old, new)
+
+
+def fisher_product(agent, theta, obs, damping):
+    """The map v -> F v + damping v on vectors (K,), where F, the Fisher matrix of the policy at theta, is the second
+    derivative of the mean KL (TRPO App. C).
+
+    In one state the policy is a Gaussian, described by P numbers: means and log standard deviations. The Fisher matrix
+    in these numbers is M = diag(1/std^2, 2). They depend on theta through the network, with derivative J (P x K). So
+
+        F = mean over states of J'MJ
+
+    without second derivatives of the network: the KL's gradient, which they would be multiplied by, is 0 at theta. And
+    v'Fv, the mean of |M^(1/2) J v|^2, is never negative. It is 0 along directions in which no policy changes; there the
+    damping makes it positive.
     """
-    params, new = agent.policy_parameters(), agent.policy(obs)
-    kl = (agent.dist.kl(new.detach(), new) * weight).sum() / weight.sum()
-    gradient = flat_gradient(kl, params, create_graph=True)
-    return lambda v: flat_gradient(gradient @ v, params, retain_graph=True) + damping * v
+    parameters, Jt = torch.func.vjp(lambda theta: policy_parameters_at(agent, theta, obs), theta)  # (B, P), u -> J'u
+    # v -> J v is the transpose of u -> J'u, so it is that map's own vector-Jacobian product. torch.func.jvp gives it,
+    # too, but evaluates the network anew for every v: 2.9 ms for F v, not 1.4 (the KL, differentiated twice: 2.4).
+    _, J = torch.func.vjp(lambda u: Jt(u)[0], torch.zeros_like(parameters))
+    log_std = parameters.chunk(2, -1)[1]
+    M = torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2.0)], -1) / len(obs)  # the diagonals (B, P)
+    return lambda v: Jt(M * J(v)[0])[0] + damping * v
 
 
 def conjugate_gradient(product, b, iters, tolerance=1e-10):
-    """Solve F x = b for a symmetric positive definite F, given v -> F v (Hestenes & Stiefel 1952). Returns x and the
-    residual b - F x. Starts at 0 and stops at |b - F x|^2 <= tolerance |b|^2, relative to b, so that the answer scales
-    with b, and is exactly 0 for b = 0. The stop is a mask, not a branch: nothing waits for the device."""
-    x, r, p, rr = torch.zeros_like(b), b, b, b @ b
+    """Solve F x = b for a symmetric positive definite F, given v -> F v (Hestenes and Stiefel 1952). Returns x and the
+    residual r = b - F x.
+
+    Each step goes along p as far as is best. The directions are conjugate, p'Fq = 0, so a later step never spoils what
+    an earlier one has gained, and a few steps do where F has thousands of rows. It ends at |r|^2 <= tolerance |b|^2,
+    relative to b, so that the answer scales with b, and is 0 for b = 0."""
+    x, r, p = torch.zeros_like(b), b, b
+    rr = r @ r
     stop = tolerance * rr
     for _ in range(iters):
+        if rr <= stop:
+            break
         Fp = product(p)
         alpha = rr / (p @ Fp)
-        r_next = r - alpha * Fp
-        rr_next = r_next @ r_next
-        going = rr > stop
-        x = torch.where(going, x + alpha * p, x)
-        p = torch.where(going, r_next + rr_next / rr * p, p)
-        r, rr = torch.where(going, r_next, r), torch.where(going, rr_next, rr)
+        x, r = x + alpha * p, r - alpha * Fp
+        rr, before = r @ r, rr
+        p = r + rr / before * p
     return x, r
 
 
-def free_to_look(x):
-    """Whether Python may branch on this tensor at no cost: nothing has to wait for a CPU's."""
-    return x.device.type == "cpu"
+def line_search(theta, step, look, accept, coeff, iters):
+    """The first of theta + step, theta + c step, theta + c^2 step, ... that is accepted, or theta itself (App. C).
+
+    look(theta) gives numbers by name, accept(numbers) a bool. Returns the new theta (K,), its numbers (zeros if it is
+    the old one), and the candidate's place in the row (-1: none)."""
+    for j in range(iters):
+        candidate = theta + coeff**j * step
+        numbers = look(candidate)
+        if accept(numbers):
+            break
+    else:
+        candidate, numbers, j = theta, dict.fromkeys(numbers, 0.0), -1
+    return candidate, numbers, j
+
+
+def scaled_to_max_kl(agent, theta, step, data, max_kl):
+    """The step at the length at which the largest KL of the batch's states is max_kl, less a hair, lest rounding cost a
+    whole factor of the line search. The KL grows about with the square of a step, so two looks tell the scale."""
+    for _ in range(2):
+        step = step * (max_kl / surrogate_and_kl(agent, theta + step, data)[1].max()).sqrt()
+    return 0.99 * step
+
+
+def acceptable(numbers, beta, args):
+    """Whether a step keeps what the approximations promised. What is not finite does not."""
+    if args.form == "penalized":
+        return 0 < numbers["improvement"] - beta * numbers["kl"] < math.inf
+    kl = numbers["kl_max"] if args.kl_constraint == "max" else numbers["kl"]
+    return 0 < numbers["improvement"] < math.inf and kl <= args.max_kl
 
 
 @torch.no_grad()
-def line_search(params, step, evaluate, coeff, iters):
-    """Move `params`, in place, by the first of step, coeff step, coeff^2 step, ... that is acceptable (TRPO App. C); if
-    none of `iters` is, leave it as it was, bit for bit.
+def policy_step(agent, data, beta, args):
+    """One step of TRPO on the whole batch (its section 6 and App. C). Moves the agent's policy.
 
-    evaluate() -> (acceptable, report) at the present params, a boolean scalar and a tensor. Returns the number of the
-    step taken (-1: none) and its report (of the old params: zeros).
-    """
-    old, best, best_report = params.clone(), params.clone(), 0.0
-    taken = params.new_full((), -1)
-    for j in range(iters):
-        params.copy_(old + coeff**j * step)
-        acceptable, report = evaluate()
-        first = acceptable & (taken < 0)
-        best, best_report = torch.where(first, params, best), torch.where(first, report, best_report)
-        taken = torch.where(first, j, taken)
-        if free_to_look(first) and first:  # on a GPU, looking would cost more than the other candidates
-            break
-    params.copy_(best)
-    return taken, best_report
+    Returns numbers by name. Of the step that was taken, and 0 if none was: kl and kl_max, the mean and the maximum over
+    states of KL(old||new); improvement of the surrogate, expected_improvement g's, and improvement_ratio, the one over
+    the other; step_norm. And gradient_norm |g|; cg_residual |g - F x| / |g|; line_search_step, the candidate that was
+    taken (-1: none); beta and beta_star."""
+    theta = parameters_to_vector(policy_part(agent).values())  # (K,)
+    g, old_surrogate = torch.func.grad_and_value(lambda theta: surrogate_and_kl(agent, theta, data)[0])(theta)
 
+    # The direction: x = F^-1 g. The states of k consecutive steps resemble each other, so F can do with one of them.
+    obs = data["obs"].unflatten(0, (-1, args.num_envs))[:: args.fvp_subsample].flatten(0, 1)
+    x, residual = conjugate_gradient(fisher_product(agent, theta, obs, args.cg_damping), g, args.cg_iters)
 
-POLICY_METRICS = ("kl", "kl_max", "improvement", "expected_improvement", "improvement_ratio", "line_search_step")
-POLICY_METRICS += ("step_norm", "gradient_norm", "cg_residual", "beta_star")
+    # The length. x'Fx = x'(g - residual). Without a gradient it is 0, and the step nan, which is never acceptable.
+    beta_star = (x @ (g - residual) / (2 * args.max_kl)).sqrt()
+    step = x / (beta if args.form == "penalized" else beta_star)
+    if args.form == "constrained" and args.kl_constraint == "max":
+        step = scaled_to_max_kl(agent, theta, step, data, args.max_kl)
 
+    # The line search.
+    def look(theta):
+        surrogate, kl = surrogate_and_kl(agent, theta, data)
+        return {"kl": kl.mean().item(), "kl_max": kl.max().item(), "improvement": (surrogate - old_surrogate).item()}
 
-def policy_update(agent, params, data, max_kl, beta, args):
-    """One TRPO step on the whole batch. `params`, the vector that the policy's parameters are views of, is moved in
-    place. Nothing waits for a GPU. Returns what POLICY_METRICS names (10,): KLs and improvements of the step taken (0
-    if none was), its place in the line search (-1: none), the conjugate gradients' |F x - g| / |g|, ..."""
-    old_surrogate = surrogate_and_kl(agent, data)[0]
-    g = flat_gradient(old_surrogate, agent.policy_parameters())
-    k = args.fvp_subsample
-    product = fisher_product(agent, data["obs"][::k], data["weight"][::k], args.cg_damping)
-    x, residual = conjugate_gradient(product, g, args.cg_iters)  # x = F^-1 g, the natural gradient
-    xFx = x @ (g - residual)
-    beta_star = (xFx / (2 * max_kl)).sqrt()
+    def accept(numbers):
+        return acceptable(numbers, beta, args)
 
-    with torch.no_grad():
-        old, old_surrogate = params.clone(), old_surrogate.detach()
-        step = x / (beta if args.form == "penalized" else torch.where(beta_star > 0, beta_star, math.inf))
-        if args.form == "constrained" and args.kl_constraint == "max":
-            for _ in range(2):  # the KL grows about with the square of a step: two looks tell the scale
-                params.copy_(old + step)
-                step = step * (max_kl / surrogate_and_kl(agent, data)[2]).sqrt()
-            params.copy_(old)
-            step = 0.99 * step  # a hair inside, lest rounding cost a whole factor of the line search
+    new_theta, report, j = line_search(theta, step, look, accept, args.backtrack_coeff, args.backtrack_iters)
+    vector_to_parameters(new_theta, policy_part(agent).values())
 
-        def evaluate():
-            surrogate, kl, kl_max = surrogate_and_kl(agent, data)
-            improvement = surrogate - old_surrogate
-            if args.form == "penalized":
-                acceptable = improvement - beta * kl > 0
-            else:
-                acceptable = (improvement > 0) & ((kl_max if args.kl_constraint == "max" else kl) <= max_kl)
-            report = torch.stack([kl, kl_max, improvement])
-            return acceptable & report.isfinite().all(), report
-
-        taken, report = line_search(params, step, evaluate, args.backtrack_coeff, args.backtrack_iters)
-        moved = params - old
-        expected = g @ moved
-        ratio = report[2] / torch.where(taken < 0, 1.0, expected)
-        cg_residual = residual.norm() / torch.where(g.any(), g.norm(), 1.0)
-        rest = torch.stack([expected, ratio, taken, moved.norm(), g.norm(), cg_residual, beta_star])
-        return torch.cat([report, rest])
+    expected, gradient_norm = (g @ (new_theta - theta)).item(), g.norm().item()
+    report |= {"expected_improvement": expected, "improvement_ratio": report["improvement"] / (expected or 1.0)}
+    report |= {"line_search_step": j, "step_norm": (new_theta - theta).norm().item(), "gradient_norm": gradient_norm}
+    report |= {"cg_residual": residual.norm().item() / (gradient_norm or 1.0)}
+    return report | {"beta": beta, "beta_star": beta_star.item()}
 
 
 def adapted_beta(beta, kl, target):
-    """The penalty's weight after an iteration that moved the policy by `kl`: PPO section 4, notes §2.2; 1.5 and 2 are
-    the paper's. Kept within [1e-4, 1e4]."""
-    if kl < target / 1.5:
-        beta /= 2
-    elif kl > target * 1.5:
-        beta *= 2
-    return min(max(beta, 1e-4), 1e4)
+    """The next beta after an iteration that moved the policy by kl: doubled if it moved too far, halved if too little,
+    by PPO's section 4. It says that 1.5 and 2 hardly matter, and sets no bounds; here they are [1e-4, 1e4]."""
+    factor = 2.0 if kl > target * 1.5 else 0.5 if kl < target / 1.5 else 1.0
+    return min(max(beta * factor, 1e-4), 1e4)
 
 
-def critic_loss(critic, batch, coef):
-    """Mean squared error to the lambda-returns (M,) on one minibatch, and what to log of it; see minibatch_update."""
-    weight = batch["weight"] / batch["weight"].sum().clamp(min=1)
-    loss = (weight * (critic(batch["obs"]).squeeze(-1) - batch["return"]).square()).sum()
-    return loss, loss.detach().unsqueeze(0)
+def critic_update(critic, state, batch, learning_rate):
+    """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on the mean squared error to the returns of a
+    minibatch. state: the critic's parameters as one vector, Adam's moments m and v, its step count t, and the sums of
+    what is logged. Returns the next state.
 
-
-def minibatch_update(loss_function, module, adam, data, index, coef, metrics, *options):
-    """One gradient step on data[index] (M,): loss, gradient, norm clipping, Adam. Adds what to log to `metrics`.
-
-    In place, with static shapes, no random numbers and no host sync: the same function runs eager, compiled, or
-    captured in a CUDA graph. adam["params"] is the vector that the module's parameters are views of.
+    A pure function with fixed shapes, without random numbers, that never waits for the device. So the same code runs
+    as it is, compiled, or recorded in a CUDA graph.
     """
-    batch = {key: x[index] for key, x in data.items()}
-    loss, logged = loss_function(module, batch, coef, *options)
-    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
-    with torch.no_grad():
-        norm = grad.norm()
-        adam_step(adam, grad * (coef["max_grad_norm"] / (norm + 1e-6)).clamp(max=1), coef["learning_rate"])
-        metrics += torch.cat([logged, norm.unsqueeze(0)])
+
+    def loss(vector):
+        value = functional_call(critic, named_parts(critic, vector), batch["obs"]).squeeze(-1)  # (M,)
+        value_loss = (value - batch["return"]).square().mean()
+        return value_loss, {"value_loss": value_loss}
+
+    grad, logged = gradient(loss, state["parameters"])
+    t, m, v = state["t"] + 1, state["m"].lerp(grad, 0.1), state["v"].lerp(grad.square(), 0.001)
+    step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
+    sums = state["sums"] + torch.stack([*logged.values(), grad.norm()])
+    return {"parameters": state["parameters"] - learning_rate * step, "m": m, "v": v, "t": t, "sums": sums}
 
 
-def adam_step(adam, grad, learning_rate, beta1=0.9, beta2=0.999, eps=1e-5):
-    """Adam (1412.6980, Algorithm 1) on one vector, in place; eps is the released code's. The same numbers as
-    torch.optim.Adam, without its loop over parameters, which here costs more than the networks themselves."""
-    adam["step"] += 1
-    adam["m"].lerp_(grad, 1 - beta1)
-    adam["v"].lerp_(grad.square(), 1 - beta2)
-    m_hat = adam["m"] / (1 - beta1 ** adam["step"])
-    v_hat = adam["v"] / (1 - beta2 ** adam["step"])
-    adam["params"] -= learning_rate * m_hat / (v_hat.sqrt() + eps)
+def epoch_of_critic_updates(update, loop, critic, state, data, order, learning_rate):
+    """One pass over the batch, in minibatches data[index] for each row of order (B/M, M). Overwrites state. loop(step,
+    rows, state) calls state = step(state, row) for each row, as functools.reduce does."""
 
+    def minibatch_update(state, index):
+        return update(critic, state, {key: x[index] for key, x in data.items()}, learning_rate)
 
-def flatten_parameters(params):
-    """Move parameters into one vector (returned) and make each of them a view of its part."""
-    params = list(params)
-    flat = torch.cat([p.detach().flatten() for p in params])
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.data = part.view_as(p)
-    return flat
-
-
-def explained_variance(value, target):
-    """1 - Var[target - value] / Var[target]: 1 is a perfect critic, 0 one no better than a constant; nan if Var = 0."""
-    variance = target.var(correction=0)
-    return (1 - (target - value).var(correction=0) / variance).item() if variance > 0 else float("nan")
-
-
-def empty_batch(agent, obs_dim, B):
-    """What one iteration learns from, as zeros: observations, actions, and what is known of them at the old parameters;
-    weight is 0 for rows that are no transitions (EnvPool's resets)."""
-    vectors = {"obs": obs_dim, "action": agent.action_dim, "policy": agent.policy_dim}
-    scalars = {key: torch.zeros(B) for key in ("logprob", "value", "advantage", "return", "weight")}
-    return {key: torch.zeros(B, size) for key, size in vectors.items()} | scalars
-
-
-@torch.no_grad()
-def fill_batch(data, agent, rollout, gamma, gae_lambda):
-    """Write a rollout, with its log-probabilities, values and advantages at the present parameters, into `data`."""
-    rollout = {key: x.to(data["obs"].device) for key, x in rollout.items()}
-    normalize = agent.obs_rms.normalizer()
-    obs = normalize(rollout["obs"])  # (T+1, N, D)
-    value, policy = agent.value(obs), agent.policy(obs[:-1])  # (T+1, N), (T, N, P)
-    next_value = value[1:].clone()  # (T, N)
-    if len(rollout["final_obs"]):  # the true successors of truncated steps; obs[t+1] is a new episode's first there
-        next_value[tuple(rollout["final_index"].T)] = agent.value(normalize(rollout["final_obs"]))
-    reward = (rollout["reward"] * agent.return_rms.inv_std()).clamp(-10, 10)
-    advantage = gae(reward, value[:-1], next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
-    batch = {"obs": obs[:-1], "action": rollout["action"], "policy": policy, "weight": rollout["valid"]}
-    batch |= {"advantage": advantage, "return": advantage + value[:-1], "value": value[:-1]}
-    batch |= {"logprob": agent.dist.log_prob(policy, rollout["action"])}
-    for key, x in batch.items():
-        data[key].copy_(x.flatten(0, 1))
-
-
-# ==== TRPO, as in its section 6 =======================================================================================
+    for key, x in loop(minibatch_update, order, state).items():
+        state[key].copy_(x)
 
 
 def train(args: Args) -> dict:
-    """Train by TRPO. Returns a summary: global_step, episodic_return (mean raw return of the last 100 episodes),
-    episodes, returns (of those that ended in this call, the last 100), checkpoint (its path), signal (the one that
-    ended the run, or None).
-
-    Raises UserError before anything is written, RunFailed if a loss, gradient, reward or observation is not finite.
-    """
-    start_time = time.time()
-    check_args(args)
-    checkpoint = load_checkpoint(args.resume, args.env_id) if args.resume else None
-    run_dir = choose_run_dir(args)
-    actors = Actors(make_envs(args), args.gamma)
-    if isinstance(actors.action_space, gym.spaces.Discrete):
-        actors.envs.close()
-        raise UserError(f"{args.env_id} has the action space {actors.action_space}; this script does Box (float)")
+    """TRPO. Returns a summary: global_step, episodes, episodic_return and episodic_length (means of the last 100
+    episodes), returns (of the episodes of this call, at most 100), checkpoint (its path), signal (the one that ended
+    the run, or None). Raises UserError before anything is written, RunFailed where a run cannot go on."""
+    run = Run(args)
+    env = make_env(args.env_id)  # an id that does not exist ends here
+    env.close()
+    if not isinstance(env.action_space, gym.spaces.Box):
+        raise UserError(f"{args.env_id} has the action space {env.action_space}; this script does Box (float)")
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(1)  # with networks this small a second thread costs more than it brings
-    rng = torch.Generator().manual_seed(args.seed)
-    agent = Agent(actors.obs_dim, actors.action_space, rng).to(device)
+    torch.manual_seed(args.seed)
+    agent = Agent(env.observation_space.shape[0], env.action_space)
+    actors = Actors(args, agent)
+    agent.to(device)
 
-    # Everything that the updates read has a fixed place in memory and is only ever overwritten there. Hyperparameters
-    # are tensors too: no schedule and no population's mutation makes the compiler start again.
-    T, N = args.num_steps, args.num_envs
-    B, M = T * N, T * N // args.num_minibatches
-    policy_params, flat = flatten_parameters(agent.policy_parameters()), flatten_parameters(agent.critic.parameters())
-    adam = {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": flat.new_zeros(())}
-    data = {key: x.to(device) for key, x in empty_batch(agent, actors.obs_dim, B).items()}
-    inputs = {key: data[key] for key in ("obs", "return", "weight")}  # of the critic's update
-    coef = {key: torch.zeros((), device=device) for key in ("learning_rate", "max_grad_norm", "max_kl", "beta")}
-    coef["max_grad_norm"].fill_(math.inf)
-    metrics = torch.zeros(2, device=device)
-    step = minibatch_update
+    # What the critic's update reads stays in one place and is overwritten there, as a CUDA graph demands. Its learning
+    # rate is a tensor, too: a mutation by the PBT launcher does not make the compiler start again.
+    B = args.num_steps * args.num_envs
+    data = make_batch(agent, actors.rollout, args.gamma, args.gae_lambda)  # of an empty rollout: this sets the shapes
+    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
+    state = initial_state(agent.critic, 2)
+    operands = {key: data[key] for key in ("obs", "return")}, order, torch.tensor(args.vf_learning_rate, device=device)
+    run_epoch = accelerated(args, epoch_of_critic_updates, critic_update, agent.critic, state, *operands)
+    global_step, beta = run.restore(agent, state, actors), args.beta
+    if args.beta_schedule == "adaptive":
+        beta = run.adapted("beta", "beta")
+    if global_step >= run.last_step:
+        say(f"nothing to do: {args.resume} is at step {global_step} already")
+        return run.summary(global_step, signals=[])
 
-    order = torch.zeros(args.num_minibatches, M, dtype=torch.long, device=device)  # an epoch's minibatches
-
-    def critic_epoch():
-        for index in order.unbind():  # (M,)
-            step(critic_loss, agent.critic, adam, inputs, index, coef, metrics)
-
-    run_critic_epoch = graphed(critic_epoch, device)
-    report = torch.zeros(len(POLICY_METRICS), device=device)
-
-    def policy_step():
-        report.copy_(policy_update(agent, policy_params, data, coef["max_kl"], coef["beta"], args))
-
-    run_policy_step = graphed(policy_step, device)
-
-    if args.compile:
-        step = compiled(minibatch_update, device)
-        try:
-            critic_epoch()  # compiles; on zeros, with learning rate 0
-        except Exception as error:  # no C++ compiler, say: the eager function is the same one
-            print(f"{SCRIPT}.py: torch.compile failed, going on without it: {first_line(error)}", file=sys.stderr)
-            step = minibatch_update
-        for key in ("m", "v", "step"):
-            adam[key].zero_()
-
-    global_step, beta, wall_time = 0, args.beta, 0.0
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for key in ("m", "v", "step"):
-            adam[key].copy_(checkpoint["adam"][key])
-        if args.seed == checkpoint["args"]["seed"]:  # else another seed's stream of random numbers begins here
-            rng.set_state(checkpoint["rng"])
-        actors.load_state_dict(checkpoint["actors"])
-        global_step, wall_time = checkpoint["global_step"], checkpoint["wall_time"]
-        if args.beta_schedule == "adaptive" and args.beta == checkpoint["args"]["beta"]:  # else the flag beats it
-            beta = checkpoint["beta"]
-
-    episodes_before = actors.episodes
-
-    def save():
-        state = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step, "wall_time": wall_time}
-        state |= {"agent": agent.state_dict(), "adam": {key: adam[key] for key in ("m", "v", "step")}}
-        state |= {"beta": beta, "rng": rng.get_state(), "actors": actors.state_dict()}
-        save_checkpoint(state, run_dir / "checkpoint.pt")
-
-    log = RunLog(args, run_dir, global_step, save)
-    if args.cuda:
-        announce_cuda(sum(p.numel() for p in agent.parameters()), M)
-    last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
-    wall_start = start_time - wall_time
-    wall_time = time.time() - wall_start
-    cut = True  # a clean cut: the episodes in flight are truncated, all environments start afresh
-    with contextlib.closing(actors.envs), log, unguarded(step is not minibatch_update), stop_signals() as signals:
-        while global_step < last_step:
-            for key, x in (("learning_rate", args.vf_learning_rate), ("max_kl", args.max_kl), ("beta", beta)):
-                coef[key].fill_(x)
-
+    cut = True  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    with actors, run, stop_signals() as signals:
+        while global_step < run.last_step and not signals:
             # ---- collect: run pi_old for T steps in N environments ---------------------------------------------------
-            if cut:
-                actors.reset(seed=(args.seed, global_step))
-            rollout = actors.collect(agent, T, rng)
-            steps = int(rollout["valid"].sum())
-            if not all(rollout[key].isfinite().all() for key in ("obs", "reward")):
-                raise RunFailed(f"an observation or reward is not finite, within {steps} steps of step {global_step}")
+            rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)
 
-            # ---- advantages ------------------------------------------------------------------------------------------
-            # NOTE: acting and updating must see the same normalisers, or the ratio would not start at 1: so a rollout
-            # is folded into them only after it was learned from. The first is the exception: an untrained policy, its
-            # last layer small, acts the same on raw and on scaled observations, while a critic that is first fitted to
-            # raw returns (Hopper: a value loss of 14 instead of 0.1) is set back for tens of thousands of steps.
-            first_rollout = global_step == 0
-            if first_rollout:
-                agent.update_normalisers(rollout)
-            fill_batch(data, agent, rollout, args.gamma, args.gae_lambda)
-
-            valid, advantage = data["weight"] > 0, data["advantage"]
-            horizon = 1 / (1 - args.gamma) if args.gamma < 1 else math.inf
-            bound = 4 * advantage[valid].abs().max().item() * args.gamma * horizon**2  # C of TRPO theorem 1
+            # ---- estimate advantages ---------------------------------------------------------------------------------
+            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So a rollout
+            # enters the statistics only after it was learned from. The first one is the exception. A new policy, its
+            # last layer so small, acts the same on scaled and on raw observations; but a critic that begins with raw
+            # rewards (Hopper: a value loss of 14 instead of 0.1) needs tens of thousands of steps to recover.
+            first = global_step == 0
+            if first:
+                agent.update_statistics(rollout)
+            for key, x in make_batch(agent, rollout, args.gamma, args.gae_lambda).items():
+                data[key].copy_(x)
+            advantage = data["advantage"]
+            bound = (4 * advantage.abs().max() * args.gamma / (1 - args.gamma) ** 2).item()  # C of theorem 1
             if args.norm_adv:
-                mean, std = advantage[valid].mean(), advantage[valid].std(correction=0)
-                advantage.copy_((advantage - mean) / (std + 1e-8))
+                advantage.copy_((advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8))
 
             # ---- policy: one natural-gradient step with a line search ------------------------------------------------
-            run_policy_step()
-            taken = dict(zip(POLICY_METRICS, report.tolist(), strict=True))
-            if args.beta_schedule == "adaptive":  # NOTE: a rejected step was too long, though its KL reads 0
-                beta = adapted_beta(beta, taken["kl"] or math.inf, args.max_kl)
+            report = policy_step(agent, data, beta, args)
+            if args.beta_schedule == "adaptive":  # NOTE: a step that was refused was too long, though its KL reads 0
+                beta = adapted_beta(beta, report["kl"] or math.inf, args.max_kl)
 
-            # ---- critic: passes of minibatches on the lambda-returns; the advantages above are those of the old one --
-            metrics.zero_()
+            # ---- critic: epochs of minibatches; the advantages above are those of the old one ------------------------
+            state["sums"].zero_()
             for _ in range(args.vf_epochs):
-                order.copy_(torch.randperm(B, generator=rng).view(-1, M))
-                run_critic_epoch()
-            if not first_rollout:
-                agent.update_normalisers(rollout)
-            global_step += steps
+                order.copy_(torch.randperm(B).view_as(order))
+                run_epoch()
+            if not first:
+                agent.update_statistics(rollout)
+            global_step += B
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------
-            value_loss, vf_grad_norm = (metrics / (args.vf_epochs * args.num_minibatches)).tolist()
-            checked = {"value_loss": value_loss, "gradient_norm": taken["gradient_norm"]}
-            for key, x in checked.items():
-                if not math.isfinite(x):
-                    raise RunFailed(f"{key} is {x} at step {global_step}")
-            iteration_time, wall_time = time.time() - wall_start - wall_time, time.time() - wall_start
-            log.row(
-                global_step=global_step, wall_time=wall_time, sps=steps / iteration_time, **actors.statistics(),
-                policy_loss=-taken["improvement"], value_loss=value_loss, vf_grad_norm=vf_grad_norm,
-                entropy=agent.dist.entropy(data["policy"]).mean().item(),
-                explained_variance=explained_variance(data["value"][valid], data["return"][valid]),
-                learning_rate=args.vf_learning_rate,
-                **{key if key == "kl" else f"trpo/{key}": x for key, x in taken.items()},
-                **{"trpo/beta": coef["beta"].item(), "trpo/penalty_coefficient_of_the_bound": bound},
-            )  # fmt: skip
-            passed = global_step // args.checkpoint_every > (global_step - steps) // args.checkpoint_every
-            cut = passed or global_step >= last_step or bool(signals)
+            value_loss, vf_grad_norm = (state["sums"] / (args.vf_epochs * args.num_minibatches)).tolist()
+            losses = {"policy_loss": -report["improvement"], "value_loss": value_loss, "vf_grad_norm": vf_grad_norm}
+            unexplained = (data["return"] - data["value"]).var() / data["return"].var()
+            entropy = agent.distribution(data["old_policy"]).entropy().mean().item()
+            losses |= {"explained_variance": 1 - unexplained.item(), "entropy": entropy, "kl": report.pop("kl")}
+            losses |= {"trpo/gradient_norm": report.pop("gradient_norm")}
+            report["penalty_coefficient_of_the_bound"] = bound
+            charts = {**actors.statistics(), "learning_rate": args.vf_learning_rate}
+            charts |= {f"trpo/{key}": x for key, x in report.items()}  # NOTE: unlike a loss they may be infinite
+            run.log(global_step, B, charts, losses)
+            passed = global_step // args.checkpoint_every > (global_step - B) // args.checkpoint_every
+            cut = passed or global_step >= run.last_step or bool(signals)
             if cut:
-                save()
-            if signals:
-                break
-    return {
-        "global_step": global_step,
-        "episodic_return": actors.statistics()["episodic_return"],
-        "episodes": actors.episodes,
-        "returns": list(actors.returns)[max(0, len(actors.returns) - (actors.episodes - episodes_before)) :],
-        "checkpoint": str(run_dir / "checkpoint.pt"),
-        "signal": signals[0] if signals else None,
-    }
+                run.save(global_step, beta=beta)
+    return run.summary(global_step, signals)
 
 
 # ==== Plumbing, the same in every script. A reader who wanted the algorithm can stop here. ============================
@@ -656,346 +612,202 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---- environments and normaliser -------------------------------------------------------------------------------------
+def say(text):
+    print(f"{SCRIPT}.py: {text}", file=sys.stderr, flush=True)
 
 
-class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far, in float64 buffers; mean 0 and variance 1 before the first."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def update(self, x):
-        """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule."""
-        x = x.to(self.mean)
-        total = self.count + len(x)
-        delta = x.mean(0) - self.mean
-        m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta.square() * self.count * len(x) / total
-        self.mean += delta * len(x) / total
-        self.var.copy_(m2 / total)
-        self.count.copy_(total)
-
-    def inv_std(self):
-        """1 / standard deviation; 1 for what has been constant so far, which has no scale."""
-        return torch.where(self.var > 1e-8, self.var, 1.0).rsqrt().float()
-
-    def normalizer(self, numpy=False):
-        """The map x -> clip((x - mean) / std, -10, 10) of tensors or numpy arrays, frozen as it is now."""
-        mean, inv_std = self.mean.float(), self.inv_std()
-        if numpy:
-            mean, inv_std = mean.cpu().numpy(), inv_std.cpu().numpy()
-        return lambda x: ((x - mean) * inv_std).clip(-10, 10)
+# ---- environments and the processes that run them --------------------------------------------------------------------
 
 
-def env_action(output, space):
-    """The action that an environment takes, of the actor's output (..., A) with or without noise. Only the environment
-    sees a clipped action: the log-probability belongs to the one that was sampled."""
-    if isinstance(space, gym.spaces.Discrete):
-        return output.argmax(-1) + space.start
-    return output.reshape(*output.shape[:-1], *space.shape).clip(space.low, space.high)
-
-
-class Actors:
-    """The N environments of PPO Algorithm 1, and what has to be remembered of them between two rollouts."""
-
-    def __init__(self, envs, gamma):
-        self.envs, self.gamma, self.num_envs = envs, gamma, envs.num_envs
-        self.action_space = envs.single_action_space
-        self.obs_dim = envs.single_observation_space.shape[0]
-        self.next_step_autoreset = envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
-        self.episodes, self.returns, self.lengths = 0, deque(maxlen=100), deque(maxlen=100)  # of finished episodes
-
-    def reset(self, seed):
-        """Start a new episode in every environment; those in flight are dropped. seed: a tuple of integers."""
-        seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1  # EnvPool's seeds have 31 bits
-        self.obs, _ = self.envs.reset(seed=[int(s) for s in seeds])
-        self.done = np.zeros(self.num_envs, dtype=bool)
-        self.discounted_return, self.episode_return = np.zeros(self.num_envs), np.zeros(self.num_envs)
-        self.episode_length = np.zeros(self.num_envs)
-
-    def collect(self, agent, num_steps, rng):
-        """Run the policy for T steps in each environment. Only the actor is evaluated here; values and
-        log-probabilities follow in one batch (fill_batch), since no parameter moves during a rollout.
-
-        Returns tensors obs (T+1, N, D) raw, action (T, N, A) or (T, N), reward, terminated, done, valid,
-        discounted_return (T, N), final_index (F, 2) and final_obs (F, D): the (t, n) at which an episode was truncated,
-        and the observation that it was cut off at.
-
-        valid is 0 where the environment ignored the action because it was starting a new episode (next-step autoreset:
-        obs[t] is then the last observation of the episode before, which is also why no final_obs is needed).
-        """
-        T, N = num_steps, self.num_envs
-        obs, output = np.empty((T + 1, N, self.obs_dim), np.float32), agent.noise(T, N, rng)
-        reward, terminated, done, discounted_return, valid = np.ones((5, T, N), np.float32)
-        final_index, final_obs = [], []
-        actor = agent.frozen_actor()
-        for t in range(T):
-            obs[t] = self.obs
-            output[t] += actor(obs[t])
-            if self.next_step_autoreset:
-                valid[t] = ~self.done
-            action = env_action(output[t], self.action_space)
-            self.obs, reward[t], terminated[t], truncated, info = self.envs.step(action)
-            self.done = done[t] = np.logical_or(terminated[t], truncated)
-            self.discounted_return = self.discounted_return * self.gamma + reward[t]
-            discounted_return[t] = self.discounted_return
-            self.episode_return += reward[t]
-            self.episode_length += valid[t]
-            if self.done.any():
-                if not self.next_step_autoreset:
-                    cut = np.flatnonzero(truncated > terminated[t])
-                    final_index += [(t, n) for n in cut]
-                    final_obs += [info["final_obs"][n] for n in cut]
-                self.finish_episodes()
-        obs[T] = self.obs
-        rollout = {"obs": obs, "reward": reward, "terminated": terminated, "done": done, "valid": valid}
-        rollout |= {"action": output.argmax(-1) if agent.discrete else output, "discounted_return": discounted_return}
-        rollout |= {"final_index": np.array(final_index, int).reshape(-1, 2)}
-        rollout |= {"final_obs": np.array(final_obs, np.float32).reshape(-1, self.obs_dim)}
-        return {key: torch.from_numpy(x) for key, x in rollout.items()}
-
-    def finish_episodes(self):
-        """Record the returns and lengths of the episodes that have just ended, and start counting anew."""
-        self.episodes += int(self.done.sum())
-        self.returns.extend(self.episode_return[self.done].tolist())
-        self.lengths.extend(self.episode_length[self.done].tolist())
-        for x in (self.discounted_return, self.episode_return, self.episode_length):
-            x[self.done] = 0
-
-    def statistics(self):
-        """episodes so far, and mean raw return and length of the last 100 (nan before the first): Table 1's measure."""
-        mean_return, mean_length = (float(np.mean(x)) if x else math.nan for x in (self.returns, self.lengths))
-        return {"episodes": self.episodes, "episodic_return": mean_return, "episodic_length": mean_length}
-
-    def state_dict(self):
-        return {"episodes": self.episodes, "returns": list(self.returns), "lengths": list(self.lengths)}
-
-    def load_state_dict(self, state):
-        self.episodes = state["episodes"]
-        self.returns.extend(state["returns"])
-        self.lengths.extend(state["lengths"])
-
-
-def make_env(env_id, **kwargs):
-    """One gymnasium environment with a flat Box observation. Raises UserError."""
-    quiet_mujoco()
-    try:
-        env = gym.make(env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        raise UserError(f"cannot make {env_id}: {first_line(error)}") from error
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        try:
-            env = gym.wrappers.FlattenObservation(env)  # Discrete (one-hot), Dict, Tuple, images
-        except NotImplementedError:
-            raise UserError(f"{env_id} has observations that cannot be flattened: {env.observation_space}") from None
-    return env
-
-
-def quiet_mujoco():
-    """Silence two warnings that tell a user of the v4 environments nothing (v4 on purpose: the published numbers are
-    v4's; v5 ids work too), one of which would also leave a MUJOCO_LOG.TXT in the working folder."""
-    warnings.filterwarnings("ignore", message=".*The environment .* is out of date")
-    if find_spec("mujoco"):
-        import mujoco
-
-        mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
-
-
-def make_envs(args):
-    """N environments behind gymnasium's VectorEnv interface. Raises UserError."""
-
-    def thunk():
-        if multiprocessing.parent_process():  # a worker of AsyncVectorEnv: Ctrl-C and SIGTERM are its parent's business
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return make_env(args.env_id)
-
-    if args.vectorization == "envpool":
-        envs = EnvPool(args.env_id, args.num_envs)
-    else:
-        make_env(args.env_id).close()  # an unknown id fails here, in this process
-        vector = SyncVectorEnv if args.vectorization == "sync" else AsyncVectorEnv
-        envs = vector([thunk] * args.num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-    space = envs.single_action_space
-    if not (isinstance(space, gym.spaces.Discrete) or isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"):
-        envs.close()
-        raise UserError(f"{args.env_id} has the action space {space}; this script does Box (float) and Discrete")
-    return envs
-
-
-class EnvPool:
-    """EnvPool (an optional package) behind the part of gymnasium's VectorEnv interface that Actors uses."""
-
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-
-    def __init__(self, env_id, num_envs):
-        try:
-            import envpool
-        except ImportError:
-            raise UserError("--vectorization envpool needs the package: pip install envpool==1.2.5") from None
-        if env_id not in envpool.list_all_envs():
-            raise UserError(f"EnvPool has no environment {env_id}")
-        options = {"num_envs": num_envs, "num_threads": min(num_envs, len(os.sched_getaffinity(0)))}
-        self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", seed=seed, **options)
-        self.num_envs, self.pool = num_envs, self.make(0)
-        self.single_observation_space, self.single_action_space = self.pool.observation_space, self.pool.action_space
-        if len(self.single_observation_space.shape or ()) != 1:
-            raise UserError(f"EnvPool's {env_id} has observations that are not flat: {self.single_observation_space}")
-
-    def reset(self, seed):  # EnvPool takes its seed only when it is made
-        self.pool.close()
-        self.pool = self.make(seed[0])
-        return self.pool.reset()
-
-    def step(self, action):
-        return self.pool.step(action)
-
-    def close(self):
-        self.pool.close()
-
-
-# ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------
-
-
-def save_checkpoint(state, path):
-    """Write torch.save(state) and its SHA-256 to a temporary file, flush, rename: `path` is whole at any moment.
-    Raises RunFailed, for a full disk say."""
-    payload = io.BytesIO()
-    torch.save(state, payload)
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(payload.getvalue() + hashlib.sha256(payload.getvalue()).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from error
-
-
-def load_checkpoint(path, env_id=None):
-    """The state that save_checkpoint wrote, from a file or a run folder. It runs no code. Raises UserError."""
-    path = checkpoint_path(path)
-    blob = path.read_bytes()
-    payload, digest = blob[:-32], blob[-32:]
-    if hashlib.sha256(payload).digest() != digest:
-        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py: its checksum does not match its content")
-    state = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
-    if state["script"] != SCRIPT:
-        raise UserError(f"{path} is a checkpoint of {state['script']}.py, not of {SCRIPT}.py")
-    if env_id is not None and state["args"]["env_id"] != env_id:
-        raise UserError(f"{path} is a checkpoint of {state['args']['env_id']}, not of {env_id}")
-    return state
-
-
-def checkpoint_path(path):
-    """The checkpoint file that PATH, itself or its folder, names. Raises UserError."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    return path
-
-
-def choose_run_dir(args):
-    """This run's folder: new, or that of --resume. Raises UserError if it holds another run."""
-    if args.resume:
-        resumed = checkpoint_path(args.resume).parent
-        if args.run_dir is None or Path(args.run_dir).resolve() == resumed.resolve():
-            return resumed
-    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or Path("runs") / name)
-    if (run_dir / "checkpoint.pt").exists():
-        raise UserError(f"{run_dir} holds another run: go on with --resume {run_dir}, or choose another --run-dir")
-    return run_dir
-
-
-class RunLog:
-    """The run folder but for the checkpoint: args.json, the script, progress.csv, TensorBoard events; and the bar."""
-
-    CHARTS = {"sps": "SPS"} | {key: key for key in ("episodes", "episodic_return", "episodic_length", "learning_rate")}
-
-    def __init__(self, args, run_dir, global_step, save):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "checkpoint.pt").exists():
-            save()  # the very first: from here on a crash at any moment leaves a run that can be resumed
-        (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-        shutil.copy(__file__, run_dir)
-        self.path = run_dir / "progress.csv"
-        kept = self.path.read_text().splitlines(True) if global_step and self.path.exists() else []
-        kept = kept[:1] + [line for line in kept[1:] if line.endswith("\n") and int(line.split(",")[0]) <= global_step]
-        Path(f"{self.path}.tmp").write_text("".join(kept))
-        os.replace(f"{self.path}.tmp", self.path)  # rows past the checkpoint tell of steps that were lost
-        self.file = open(self.path, "a", buffering=1)
-        self.header = not kept
-        self.board = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
-        self.next_line = time.time() + 10
-
-    def row(self, **row):
-        """Log one iteration. A key "group/name" is TensorBoard's tag; progress.csv has the column "name"."""
-        writer = csv.DictWriter(self.file, [key.split("/")[-1] for key in row])
-        if self.header:
-            writer.writeheader()
-            self.header = False
-        writer.writerow({k.split("/")[-1]: f"{x:.7g}" if isinstance(x, float) else x for k, x in row.items()})
-        for key, x in row.items():
-            if key not in ("global_step", "wall_time"):
-                tag = f"charts/{self.CHARTS[key]}" if key in self.CHARTS else f"losses/{key}"
-                self.board.add_scalar(key if "/" in key else tag, x, row["global_step"])
-        text = f"return {row['episodic_return']:.1f}, {row['sps']:.0f} steps/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(row["global_step"] - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            print(f"step {row['global_step']} of {self.bar.total}: {text}", file=sys.stderr)
-            self.next_line = time.time() + 10
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-        self.file.close()
-        self.board.close()
+def checked(obs, shape, reward=None):
+    """The observation, if it and the reward can be learned from. Raises RunFailed."""
+    if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
+        what = f"reset() returned the observation {obs}" if reward is None else f"step() returned {obs} and {reward}"
+        raise RunFailed(f"{what}: not finite, or not of shape {shape}")
+    return obs
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """Yield a list that receives the number of a SIGINT or SIGTERM, for the loop to look at; a second one kills."""
-    received, before = [], {}
-
-    def handler(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+def named_failures(describe):
+    """Turn what an environment raises into one line: describe(), the call, the error, and the place in the code."""
     try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        yield
+    except (gym.error.Error, ImportError) as error:  # an id, a version or a package that is not there
+        raise UserError(f"{describe()}: {first_line(error)}") from error
+    except RunFailed as error:
+        raise RunFailed(f"{describe()}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        call = next((f.name for f in reversed(frames) if f.name in ("__init__", "reset", "step")), frames[-1].name)
+        text = f"{call}() raised {type(error).__name__}: {first_line(error)}"
+        place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+        raise RunFailed(f"{describe()}: {text} ({place})") from error
 
 
-def compiled(update, device):
-    """torch.compile(update) as one graph, gradient included; in this process, without a pool of compiler processes."""
-    import torch._inductor.config  # imported here: not needed, and slow, without --compile
-
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad be part of the graph
-    torch._inductor.config.compile_threads = 1
-    torch._inductor.config.cpp_wrapper = device.type == "cpu"  # C++ calls the kernels: 175, not 215 us a minibatch
-    torch._inductor.config.size_asserts = False
-    torch._inductor.config.cpp.use_decompose_tanh = True  # another tenth; the error is 2e-7
-    return torch.compile(update, fullgraph=True, dynamic=False)
+def quiet_mujoco():
+    """Silence an irrelevant warning of the v4 environments, which would also leave a file MUJOCO_LOG.TXT behind."""
+    try:
+        import mujoco  # here, so that other environments do not need it
+    except Exception as error:  # MUJOCO_GL is set to something else than egl, glfw or osmesa, say
+        raise UserError(f"cannot import mujoco: {first_line(error)}") from error
+    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
 
 
-def unguarded(is_compiled):
-    """A context in which compiled code does not check before each call that nothing it was compiled for has changed:
-    within a run nothing does, and the checks take 7 of a minibatch's 157 us."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if is_compiled else contextlib.nullcontext()
+def make_env(env_id, **kwargs):
+    """One environment, with observations as vectors. Raises UserError for what this script does not do."""
+    gym.logger.min_level = gym.logger.ERROR  # v4 on purpose: the published numbers are v4's; v5 works, too
+    with named_failures(lambda: f"cannot make {env_id}"):
+        if "mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):
+            quiet_mujoco()
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+    shape, space = env.observation_space.shape, env.action_space
+    if shape is not None and len(shape) > 1:
+        raise UserError(f"{env_id} has observations of shape {shape}; this script is for vectors, not for images")
+    if not (isinstance(space, gym.spaces.Discrete) or isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"):
+        raise UserError(f"{env_id} has the action space {space}; this script does Box (float) and Discrete")
+    is_vector = isinstance(env.observation_space, gym.spaces.Box) and len(shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)  # Discrete (one-hot), Dict, Tuple
+
+
+def perform(environments, seeds):
+    """environments.run(seeds), where a failure names the environment and the step. Raises RunFailed."""
+    with named_failures(lambda: "environment {}, step {} of the rollout".format(*environments.at)):
+        return environments.run(seeds)
+
+
+def work(pipe, *args):
+    """A worker process: run Environments(*args) as often as the parent asks for it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them, too, and finishes its iteration first
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        try:
+            environments = Environments(*args)
+            while True:
+                pipe.send(perform(environments, pipe.recv()))
+        except (UserError, RunFailed) as error:
+            pipe.send(str(error))
+
+
+class Actors:
+    """The N environments, spread over processes. Each runs whole rollouts of its part with the frozen policy; they meet
+    once an iteration, not once a step. The first part is this process's own."""
+
+    def __init__(self, args, agent):
+        T, N, D = args.num_steps, args.num_envs, len(agent.obs_rms.mean)
+        self.old_agent, self.noise = copy.deepcopy(agent).share_memory(), agent.noise(T, N).share_memory_()
+        action = agent.act(torch.zeros(N, D), self.noise[0])  # (N, A) or (N,)
+        self.rollout = {key: torch.zeros(T, N) for key in ROLLOUT} | {"action": action.new_zeros(T, *action.shape)}
+        self.rollout |= {key: torch.zeros(T, N, D) for key in ("obs", "next_obs")}
+        shared = self.old_agent, self.noise, {key: x.share_memory_() for key, x in self.rollout.items()}
+        k = min(max(args.num_workers, 1), N)  # processes
+        self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
+        self.episodes, self.last = 0, deque(maxlen=100)  # last: (return, length) of the episodes that ended last
+
+    def __enter__(self):
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.own, self.workers = Environments(*self.parts[0]), []
+        try:
+            for part in self.parts[1:]:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=work, args=(theirs, *part), daemon=True)
+                process.start()
+                self.workers.append((process, ours))
+                theirs.close()
+        except BaseException:  # Ctrl-C, say
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error):
+        for process, _ in self.workers:
+            process.kill()
+            process.join()
+
+    def collect(self, agent, seed=None):
+        """One rollout of the agent as it is now: a dict of tensors, (T, N, ...) each. See Environments.run. seed: begin
+        new episodes first; a tuple of integers. Raises RunFailed."""
+        self.old_agent.load_state_dict(agent.state_dict())
+        self.noise.copy_(agent.noise(*self.noise.shape[:2]))
+        seeds = None if seed is None else np.random.SeedSequence(seed).generate_state(self.noise.shape[1]) >> 1
+        try:
+            for _, pipe in self.workers:
+                pipe.send(seeds)
+            answers = [perform(self.own, seeds)] + [pipe.recv() for _, pipe in self.workers]
+        except (EOFError, OSError) as error:
+            codes = [process.exitcode for process, _ in self.workers if process.join(0.1) or not process.is_alive()]
+            raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
+        for answer in answers:
+            if isinstance(answer, str):
+                raise RunFailed(answer)
+        ended = sorted(sum(answers, []))
+        self.episodes += len(ended)
+        self.last.extend((float(episode_return), int(length)) for _, _, episode_return, length in ended)
+        return self.rollout
+
+    def statistics(self):
+        """Episodes so far, and mean raw return and length of the last 100: the measure of the paper's Table 1."""
+        mean_return, mean_length = np.mean(self.last, axis=0).tolist() if self.last else (math.nan, math.nan)
+        return {"episodes": self.episodes, "episodic_return": mean_return, "episodic_length": mean_length}
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+def initial_state(agent, logged):
+    """The state of update() at the start. The agent's parameters become views of state["parameters"], one vector."""
+    vector = parameters_to_vector(agent.parameters()).detach()
+    vector_to_parameters(vector, agent.parameters())
+    state = {"parameters": vector, "m": torch.zeros_like(vector), "v": torch.zeros_like(vector)}
+    return state | {"t": torch.zeros_like(vector[0]), "sums": torch.zeros_like(vector[:logged])}
+
+
+def named_parts(agent, vector):
+    """A vector of all parameters as a dict of tensors, by name."""
+    parameters = dict(agent.named_parameters())
+    parts = vector.split([p.numel() for p in parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts)}
+
+
+def gradient(loss, vector):
+    """The gradient of loss(vector)[0] at vector, and loss(vector)[1], without a history."""
+    if torch.compiler.is_compiling():
+        return torch.func.grad(loss, has_aux=True)(vector)
+    vector = vector.detach().requires_grad_()  # the same by autograd, which uncompiled takes little more than half
+    value, logged = loss(vector)
+    return torch.autograd.grad(value, vector)[0], {key: x.detach() for key, x in logged.items()}
+
+
+def scan_loop(step, rows, state):
+    """functools.reduce as one node of a compiled graph. No Python runs in it: 95 us a minibatch instead of 150."""
+    return scan(lambda state, row: (step(state, row), row[0].clone()), state, rows)[0]
+
+
+def accelerated(args, epoch, update, *operands):
+    """epoch(update, loop, *operands) as a function without arguments, in the fastest form that the run allows."""
+    if args.cuda:
+        update = compiled(update) if args.compile else update
+        return CudaGraph(lambda: epoch(update, reduce, *operands))
+    if args.compile:
+        epoch = compiled(epoch)
+    return lambda: epoch(update, scan_loop if args.compile else reduce, *operands)
+
+
+def compiled(function):
+    """torch.compile(function) as one graph, gradient included. It compiles when it is first called."""
+    import torch._inductor.config as config  # here, because it is slow to import
+
+    say("the first iteration compiles the update: about 15 s, or 4 s if it was compiled before")
+    config.compile_threads = 1
+    config.cpp_wrapper = True  # C++ calls the kernels
+    config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
+    loops = ("torch.ops.higher_order.scan", "torch.ops.higher_order.while_loop")
+    config.unsafe_marked_cacheable_functions = dict.fromkeys(loops, torch.__version__)  # else every run compiles anew
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 class CudaGraph:
@@ -1003,7 +815,7 @@ class CudaGraph:
 
     Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
     records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and nothing of the Python runs any more: what changes from call to call must be in tensors."""
+    back, and none of the Python runs any more: what changes from call to call must be in tensors."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
@@ -1023,97 +835,281 @@ class CudaGraph:
         self.graph.replay()
 
 
-def announce_cuda(parameters, minibatch):
-    """Say in one line what --cuda does with this much work, and when it is not worth it."""
-    text = f"{SCRIPT}.py: --cuda: {parameters} parameters, minibatches of {minibatch}: updates run as CUDA graphs"
-    if minibatch < 1024:
-        text += "; with minibatches this small a CPU core may be as fast, compare steps/s with --no-cuda"
-    print(text, file=sys.stderr)
+# ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------
 
 
-def graphed(function, device):
-    """The function, as a CUDA graph where there is a GPU."""
-    return CudaGraph(function) if device.type == "cuda" else function
+def save_checkpoint(state, path):
+    """Write to a temporary file, flush, rename: `path` is whole at any moment. Raises RunFailed if the disk is full."""
+    blob, temporary = io.BytesIO(), path.with_suffix(".pt.tmp")
+    torch.save(state, blob)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from error
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+def load_checkpoint(path, env_id=None):
+    """The state that save_checkpoint wrote, from a file or a run folder. It runs no code. Raises UserError."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.save stores checksums, but torch.load ignores them
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        script, trained_on = state["script"], state["args"]["env_id"]
+    except Exception:
+        damaged = True
+    if damaged:
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py")
+    if script != SCRIPT or env_id not in (None, trained_on):
+        raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
+    return state
 
 
+def load_weights(agent, checkpoint):
+    """Raises UserError if the checkpoint is of another network, or of an environment with another observation."""
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint does not fit this agent: {str(error).splitlines()[-1].strip()}") from error
+
+
+class Run:
+    """The run's folder: checkpoint.pt, args.json, the script, progress.csv, TensorBoard events. And its progress bar,
+    which is a plain line every ten seconds where there is no terminal."""
+
+    def __init__(self, args):
+        """Check what can be checked, and read the checkpoint to resume. Writes nothing. Raises UserError."""
+        self.start, self.args = time.time(), args
+        check_args(args)
+        self.checkpoint = load_checkpoint(args.resume, args.env_id) if args.resume else {}
+        resumed = args.resume and (Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent)
+        name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir or resumed or Path("runs") / name)
+        if (self.dir / "checkpoint.pt").exists() and not (resumed and self.dir.resolve() == resumed.resolve()):
+            raise UserError(f"{self.dir} holds another run: --resume {self.dir}, or choose another --run-dir")
+        self.last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
+
+    def restore(self, agent, state, actors):
+        """Put the checkpoint's state in place, if there is one. Returns global_step."""
+        self.agent, self.state, self.actors = agent, state, actors
+        if self.checkpoint:
+            load_weights(agent, self.checkpoint)
+            for key, x in self.checkpoint["adam"].items():
+                state[key].copy_(x)
+            actors.episodes = self.checkpoint["episodes"]
+            actors.last.extend(map(tuple, self.checkpoint["last"]))
+            if self.args.seed == self.checkpoint["args"]["seed"]:  # another seed begins a stream of its own
+                torch.set_rng_state(self.checkpoint["rng"])
+        self.global_step = self.checkpoint.get("global_step", 0)
+        self.start -= self.checkpoint.get("wall_time", 0.0)
+        self.wall_time, self.episodes_before = time.time() - self.start, actors.episodes
+        return self.global_step
+
+    def adapted(self, name, flag):
+        """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
+        value = getattr(self.args, flag)
+        same = self.checkpoint and self.checkpoint["args"][flag] == value
+        return self.checkpoint["adapted"].get(name, value) if same else value
+
+    def save(self, global_step, **adapted):
+        saved = {"script": SCRIPT, "args": asdict(self.args), "global_step": global_step, "wall_time": self.wall_time}
+        saved |= {"agent": self.agent.state_dict(), "adam": {key: self.state[key] for key in ("m", "v", "t")}}
+        saved |= {"adapted": adapted, "rng": torch.get_rng_state()}
+        saved |= {"episodes": self.actors.episodes, "last": list(self.actors.last)}
+        save_checkpoint(saved, self.dir / "checkpoint.pt")
+
+    def __enter__(self):
+        args, terminal = self.args, sys.stderr.isatty()
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.csv = open(self.dir / "progress.csv", "a+", buffering=1)
+            with contextlib.suppress(ImportError):  # Windows has no fcntl
+                import fcntl
+
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = isinstance(error, BlockingIOError)
+            raise UserError(f"{self.dir}: {'another process is using it' if busy else error.strerror}") from error
+        self.cut_rows()
+        say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
+        if not (self.dir / "checkpoint.pt").exists():
+            self.save(self.global_step, **self.checkpoint.get("adapted", {}))  # a crash at any moment can be resumed
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
+            shutil.copy(__file__, self.dir)
+        self.board = SummaryWriter(self.dir, purge_step=self.global_step + 1 if self.global_step else None)
+        B = args.num_envs * args.num_steps
+        total = self.global_step + math.ceil((self.last_step - self.global_step) / B) * B
+        out = sys.stderr if terminal else open(os.devnull, "w")
+        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", file=out)
+        self.next_line = math.inf if terminal else time.time() + 10
+        return self
+
+    def cut_rows(self):
+        """Drop the rows past the checkpoint: they tell of steps that were lost. Raises UserError."""
+        self.csv.seek(0)
+        try:
+            lines = self.csv.readlines() if self.global_step else []
+            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
+        except ValueError as error:
+            raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
+        self.csv.truncate(len("".join(lines[:1] + kept)))
+
+    def log(self, global_step, B, charts, losses):
+        """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
+        iteration_time, self.wall_time = time.time() - self.start - self.wall_time, time.time() - self.start
+        for key, x in losses.items():
+            if not math.isfinite(x) and key != "explained_variance":  # which is nan if all returns are the same
+                raise RunFailed(f"{key} is {x} at step {global_step}")
+        charts = {"SPS": B / iteration_time} | charts
+        row = {"global_step": global_step, "wall_time": self.wall_time} | charts | losses
+        if not self.csv.tell():
+            print(*(key.split("/")[-1].lower() for key in row), sep=",", file=self.csv)
+        print(*(f"{x:.7g}" if isinstance(x, float) else x for x in row.values()), sep=",", file=self.csv)
+        for key, x in (charts | losses).items():
+            tag = key if "/" in key else f"{'charts' if key in charts else 'losses'}/{key}"
+            self.board.add_scalar(tag, x, global_step)
+        self.bar.set_postfix_str(f"return {charts['episodic_return']:.1f}", refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        if time.time() > self.next_line:
+            print(self.bar, file=sys.stderr, flush=True)
+            self.next_line = time.time() + 10
+
+    def __exit__(self, *error):
+        for x in (self.bar, self.board, self.csv):
+            x.close()
+
+    def summary(self, global_step, signals):
+        new = min(self.actors.episodes - self.episodes_before, 100)
+        returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
+        result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
+        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": signals[0] if signals else None}
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list that receives the number of a SIGINT or SIGTERM, for the loop to look at; a second one kills."""
+    received, before = [], {}
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    except Exception as error:
+        if received:  # Ctrl-C has also reached a compiler that this process was waiting for
+            raise KeyboardInterrupt(received[0]) from error
+        raise
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
 def evaluate(args) -> dict:
-    """Run the checkpoint's policy for some episodes with its mean action and frozen normaliser, on the CPU.
-
-    Returns mean, std and the list of raw returns. Raises UserError.
-    """
-    path = checkpoint_path(args.evaluate)
-    checkpoint = load_checkpoint(path, args.env_id)
+    """Run the checkpoint's policy without noise, on the CPU. Returns mean, std and raw returns. Raises UserError."""
+    checkpoint = load_checkpoint(args.evaluate, args.env_id)
     torch.set_num_threads(1)
-    env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
-    if args.capture_video:
-        env = recorded(env, path.parent / "videos", f"step-{checkpoint['global_step']}")
-    agent = Agent(env.observation_space.shape[0], env.action_space, torch.Generator())
-    agent.load_state_dict(checkpoint["agent"])
-    actor, returns = agent.frozen_actor(), []
-    with contextlib.closing(env):
-        for episode in range(args.eval_episodes):
-            obs, _ = env.reset(seed=args.seed if episode == 0 else None)
-            done, total = False, 0.0
+    env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    agent, noise, returns = Agent(env.observation_space.shape[0], env.action_space), 0.0, []
+    load_weights(agent, checkpoint)
+    hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
+    with named_failures(lambda: f"episode {len(returns)}{hint}"):
+        if args.capture_video:
+            path = Path(args.evaluate)
+            folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{checkpoint['global_step']}"
+            env = gym.wrappers.RecordVideo(env, str(folder), lambda n: True, name_prefix=name, disable_logger=True)
+        while len(returns) < args.eval_episodes:
+            (obs, _), done, total = env.reset(seed=None if returns else args.seed), False, 0.0
             while not done:
-                action = env_action(actor(obs.astype(np.float32)), env.action_space)
+                obs = torch.as_tensor(checked(obs, env.observation_space.shape), dtype=torch.float32)
+                action = env_action(agent.act(obs[None], noise).numpy(), env.action_space)[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
                 done, total = terminated or truncated, total + float(reward)
             returns.append(total)
+        env.close()
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def recorded(env, folder, name):
-    """The environment, with a video of every episode written into the folder. Raises UserError if it cannot render."""
-    if not find_spec("moviepy"):
-        raise UserError("--capture-video needs the package: pip install moviepy==2.2.1")
+def cli(argv, default=None) -> Args:
+    """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
+    box = io.StringIO()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            env.reset()
-            env.render()
-    except Exception as error:
-        hint = "for MuJoCo without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-        raise UserError(f"cannot render {env.spec.id}: {first_line(error)} ({hint})") from error
-    return gym.wrappers.RecordVideo(env, str(folder), lambda episode: True, name_prefix=name, disable_logger=True)
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            sys.stdout.flush()
+            raise
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # title, message, rule, help
+        text = dropwhile(lambda line: not line.strip("─-"), lines)
+        raise UserError(" ".join(takewhile(lambda line: line.strip("─-"), text))) from None
 
 
-# ---- arguments and entry ---------------------------------------------------------------------------------------------
+PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
+EVALUATION = {"evaluate", "eval_episodes", "capture_video"}
 
-THIS_PROCESS_ONLY = ("resume", "run_dir", "stop_at_step", "evaluate", "eval_episodes", "capture_video")
+
+def ignored_flags(args):
+    """Flags that do nothing beside the others, and why."""
+    if args.form == "constrained":
+        return dict.fromkeys(("beta", "beta_schedule"), "goes with --form penalized")
+    ignored = {"kl_constraint": "goes with --form constrained"}
+    if args.beta_schedule == "fixed":
+        ignored["max_kl"] = "goes with --form constrained or --beta-schedule adaptive"
+    return ignored
 
 
 def parse_args(argv=None) -> Args:
     """The command line's Args; with --resume or --evaluate, flags that are not given keep the checkpoint's values."""
-    args = tyro.cli(Args, args=argv)
-    source = args.resume or args.evaluate
-    stored = load_checkpoint(source)["args"] if source else {"compile": args.total_timesteps >= 200_000}
-    kept = {f.name for f in dataclasses.fields(Args)} - set(THIS_PROCESS_ONLY)
-    default = Args(**{key: value for key, value in stored.items() if key in kept})
-    return tyro.cli(Args, args=argv, default=default)
+    argv = sys.argv[1:] if argv is None else argv
+    args = cli(argv)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    default = {"compile": args.total_timesteps >= 200_000 and compiler is not None}
+    if source := args.evaluate or args.resume:
+        known = vars(args).keys() - PROCESS_ONLY - EVALUATION
+        default = {key: x for key, x in load_checkpoint(source)["args"].items() if key in known}
+    args = cli(argv, Args(**default))
+    given = {x.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for x in argv if x.startswith("--")}
+    if args.evaluate:
+        ignored = dict.fromkeys(given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate")
+    else:
+        ignored = dict.fromkeys(EVALUATION, "goes with --evaluate") | ignored_flags(args)
+    for flag in sorted(given & ignored.keys()):
+        raise UserError(f"--{flag.replace('_', '-')} {ignored[flag]}")
+    return args
 
 
 def check_args(args):
-    """Raise UserError for what cannot work, before anything is written."""
+    """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
+    lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "cg_damping": 0, "fvp_subsample": 1}
+    lowest |= {"beta": 1e-4}
+    highest = {"gamma": 1, "gae_lambda": 1, "beta": 1e4, "fvp_subsample": args.num_steps}
+    for key, x in vars(args).items():
+        low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
+        if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
+            bounds = "positive" if low == sys.float_info.min else f"{low} or more"
+            raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch = args.num_envs * args.num_steps
-    positive = ["num_envs", "num_steps", "num_minibatches", "vf_epochs", "checkpoint_every", "vf_learning_rate"]
-    positive += ["max_kl", "cg_iters", "backtrack_iters", "fvp_subsample", "eval_episodes"]
-    rules = [(getattr(args, key) > 0, f"{key} must be positive") for key in positive]
-    rules += [(0 <= getattr(args, key) <= 1, f"{key} must lie in [0, 1]") for key in ("gamma", "gae_lambda")]
-    too_short = f"total_timesteps = {args.total_timesteps} is shorter than one iteration of {batch} steps"
-    indivisible = f"num_envs * num_steps = {batch} does not divide into {args.num_minibatches} minibatches"
-    rules += [
-        (args.cg_damping >= 0, "cg_damping must not be negative"),
-        (0 < args.backtrack_coeff < 1, "backtrack_coeff must lie between 0 and 1"),
-        (1e-4 <= args.beta <= 1e4, "beta must lie in [1e-4, 1e4]"),
-        (args.fvp_subsample <= batch, f"fvp_subsample leaves no state of {batch}"),
-        (args.num_minibatches < 1 or batch % args.num_minibatches == 0, indivisible),
-        (args.total_timesteps >= batch, too_short),
-        (not args.capture_video, "capture_video goes with --evaluate"),
-        (not args.cuda or torch.cuda.is_available(), "cuda: torch finds no CUDA device here"),
-    ]
-    for holds, message in rules:
+    rules = {
+        f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
+        f"--backtrack-coeff {args.backtrack_coeff} must be smaller than 1": args.backtrack_coeff < 1,
+        f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
+        "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
+    }
+    for message, holds in rules.items():
         if not holds:
             raise UserError(message)
 
@@ -1121,19 +1117,28 @@ def check_args(args):
 def main(argv=None) -> int:
     try:
         args = parse_args(argv)
-        if args.evaluate:
-            print(json.dumps(evaluate(args)))
-            return 0
-        summary = train(args)
-    except UserError as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
-        return 2
-    except (RunFailed, OSError) as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps({key: x for key, x in summary.items() if key != "returns"}))
-    return 128 + summary["signal"] if summary["signal"] else 0
+        check_args(args)
+        result = evaluate(args) if args.evaluate else train(args)
+    except BrokenPipeError:
+        raise
+    except (UserError, RunFailed, OSError) as error:
+        say(error)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt as interrupt:
+        say("interrupted before the first iteration")
+        return 128 + (interrupt.args or [signal.SIGINT])[0]
+    if not args.evaluate:
+        run_dir = Path(result["checkpoint"]).parent
+        say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
+        say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
+        say(f"to plot:     tensorboard --logdir {run_dir}")
+        result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
+    print(json.dumps(result), flush=True)
+    return 128 + result["signal"] if result.get("signal") else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

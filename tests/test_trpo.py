@@ -2,9 +2,11 @@
 
 import csv
 import functools
+import itertools
 import math
 
 import batches
+import numpy as np
 import pytest
 import torch
 
@@ -14,20 +16,25 @@ make_agent = functools.partial(batches.make_agent, trpo)
 make_batch = functools.partial(batches.make_batch, trpo)
 
 SMALL = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--vf-epochs", "2", "--no-compile"]
-SMALL += ["--env-id", "Pendulum-v1", "--total-timesteps", "2048", "--checkpoint-every", "512"]
+SMALL += ["--env-id", "Pendulum-v1", "--total-timesteps", "2048", "--checkpoint-every", "512", "--num-workers", "0"]
 
 
-def run(tmp_path, name, *flags):
-    """A short run through main(); its progress.csv as one dict of columns."""
-    assert trpo.main([*SMALL, "--run-dir", str(tmp_path / name), *map(str, flags)]) == 0
-    with open(tmp_path / name / "progress.csv") as file:
+def table_of(path):
+    """progress.csv as one dict of columns."""
+    with open(path / "progress.csv") as file:
         table = list(csv.DictReader(file))
     return {key: [float(row[key]) for row in table] for key in table[0]}
 
 
+def run(tmp_path, name, *flags):
+    """A short run through main(); its progress.csv."""
+    assert trpo.main([*SMALL, "--run-dir", str(tmp_path / name), *map(str, flags)]) == 0
+    return table_of(tmp_path / name)
+
+
 def make_policy(seed=0, B=256, double=False, small=False):
-    """An agent, its policy vector (which its parameters are views of) and a batch with normalised advantages. small:
-    few enough parameters for B states to determine, so that F is regular without damping."""
+    """An agent, its policy vector and a batch with normalised advantages. small: few enough parameters for B states to
+    determine, so that F is regular without damping."""
     agent = make_agent(seed=seed)
     agent.actor[-1].weight.data *= 30  # actions that depend on the state
     if small:
@@ -37,73 +44,140 @@ def make_policy(seed=0, B=256, double=False, small=False):
     if double:
         agent, data = agent.double(), {key: x.double() for key, x in data.items()}
     with torch.no_grad():
-        data["policy"].copy_(agent.policy(data["obs"]))
-        data["logprob"].copy_(agent.dist.log_prob(data["policy"], data["action"]))
-    return agent, trpo.flatten_parameters(agent.policy_parameters()), data
+        data["old_policy"] = agent.policy_parameters(data["obs"])
+        data["logprob"] = agent.policy(data["obs"]).log_prob(data["action"])
+    return agent, vector(agent), data
 
 
-def args(**flags):
-    return trpo.Args(**flags)
+def vector(agent):
+    """The policy's parameters as they are now, as one vector that no step overwrites."""
+    return torch.nn.utils.parameters_to_vector(trpo.policy_part(agent).values()).detach().clone()
 
 
-def update(agent, params, data, max_kl=0.01, beta=1.0, **flags):
-    scalars = params.new_tensor(max_kl), params.new_tensor(beta)
-    report = trpo.policy_update(agent, params, data, *scalars, args(**flags)).tolist()
-    return dict(zip(trpo.POLICY_METRICS, report, strict=True))
+def update(agent, data, beta=1.0, max_kl=0.01, **flags):
+    return trpo.policy_step(agent, data, beta, trpo.Args(max_kl=max_kl, **flags))
+
+
+def surrogate_and_kl(agent, data, theta=None):
+    with torch.no_grad():
+        return trpo.surrogate_and_kl(agent, vector(agent) if theta is None else theta, data)
+
+
+def gradient(agent, data):
+    return torch.func.grad(lambda theta: trpo.surrogate_and_kl(agent, theta, data)[0])(vector(agent))
 
 
 def natural_gradient(agent, data, damping=0.1, iters=10):
-    g = trpo.flat_gradient(trpo.surrogate_and_kl(agent, data)[0], agent.policy_parameters())
-    product = trpo.fisher_product(agent, data["obs"], data["weight"], damping)
+    g, product = gradient(agent, data), trpo.fisher_product(agent, vector(agent), data["obs"], damping)
     return g, trpo.conjugate_gradient(product, g, iters)[0], product
+
+
+def flat_gradient(y, params, **options):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(y, params, **options)])
+
+
+def dense(product, size):
+    return torch.stack([product(v) for v in torch.eye(size, dtype=torch.float64)])
 
 
 # ---- Fisher-vector products ------------------------------------------------------------------------------------------
 
 
 def test_fisher_product_against_the_explicit_hessian():
-    """float64, all states in a weighted mean; and the matrix that the products make is symmetric and positive."""
-    agent, _, data = make_policy(B=16, double=True, small=True)
-    data["weight"][::5] = 0
-    shapes = [p.shape for p in agent.policy_parameters()]
-    flat = torch.cat([p.detach().flatten() for p in agent.policy_parameters()])
+    """float64, all states; and the matrix that the products make is symmetric and positive."""
+    agent, theta, data = make_policy(B=16, double=True, small=True)
+    shapes = [p.shape for p in trpo.policy_part(agent).values()]
+    old = agent.distribution(data["old_policy"])
 
     def mean_kl(vector):
         parts = [x.view(shape) for x, shape in zip(vector.split([s.numel() for s in shapes]), shapes, strict=True)]
-        mean = torch.tanh(data["obs"] @ parts[0].T + parts[1]) @ parts[2].T + parts[3]
-        new = torch.cat([mean, parts[4].expand_as(mean)], -1)
-        return (data["weight"] * agent.dist.kl(data["policy"], new)).sum() / data["weight"].sum()
+        log_std, w1, b1, w2, b2 = parts
+        mean = torch.tanh(data["obs"] @ w1.T + b1) @ w2.T + b2
+        new = agent.distribution(torch.cat([mean, log_std.expand_as(mean)], -1))
+        return torch.distributions.kl_divergence(old, new).mean()
 
-    hessian = torch.autograd.functional.hessian(mean_kl, flat)
-    product = trpo.fisher_product(agent, data["obs"], data["weight"], damping=0.0)
-    F = torch.stack([product(v) for v in torch.eye(len(flat), dtype=torch.float64)])
+    hessian = torch.autograd.functional.hessian(mean_kl, theta)
+    F = dense(trpo.fisher_product(agent, theta, data["obs"], damping=0.0), len(theta))
     assert ((F - hessian).norm() / hessian.norm()).item() < 1e-8
     assert (F - F.T).abs().max() < 1e-12 and torch.linalg.eigvalsh(F).min() > -1e-12
-    damped = trpo.fisher_product(agent, data["obs"], data["weight"], damping=0.3)
-    torch.testing.assert_close(damped(flat), F @ flat + 0.3 * flat)
+    damped = trpo.fisher_product(agent, theta, data["obs"], damping=0.3)
+    torch.testing.assert_close(damped(theta), F @ theta + 0.3 * theta)
+
+
+def test_fisher_product_against_the_definition():
+    """F = E[score score'], the expectation over actions taken exactly: the integrand is a polynomial of degree 4 in
+    each action, and three Gauss-Hermite nodes integrate degree 5."""
+    agent, theta, data = make_policy(B=16, double=True, small=True)
+    agent.log_std.data = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64)
+    theta, obs = vector(agent), data["obs"]
+    mean, log_std = agent.policy_parameters(obs).detach().chunk(2, -1)
+
+    def log_prob(theta, obs, action):
+        return agent.distribution(trpo.policy_parameters_at(agent, theta, obs)).log_prob(action)
+
+    scores = torch.func.vmap(torch.func.grad(log_prob), in_dims=(None, 0, 0))  # (B, K)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(3)
+    F = torch.zeros(len(theta), len(theta), dtype=torch.float64)
+    for z, w in zip(itertools.product(nodes, repeat=3), itertools.product(weights, repeat=3), strict=True):
+        score = scores(theta, obs, mean + log_std.exp() * torch.tensor(z))
+        F += math.prod(w) / (2 * math.pi) ** 1.5 * score.T @ score / len(obs)
+    product = trpo.fisher_product(agent, theta, obs, damping=0.0)
+    torch.testing.assert_close(dense(product, len(theta)), F, rtol=1e-9, atol=1e-12)
+
+
+def test_fisher_product_against_double_backward_and_forward_mode():
+    """The KL's gradient, differentiated along v once more; and J v by forward-mode differentiation. In float32, at the
+    size of a run."""
+    agent, theta, data = make_policy(B=2048)
+    obs, params = data["obs"], list(trpo.policy_part(agent).values())
+    kl = torch.distributions.kl_divergence(agent.distribution(data["old_policy"]), agent.policy(obs)).mean()
+    kl_gradient = flat_gradient(kl, params, create_graph=True)
+
+    def policy_parameters(theta):
+        return trpo.policy_parameters_at(agent, theta, obs)
+
+    eta, transposed = torch.func.vjp(policy_parameters, theta)
+    M = torch.cat([(-2 * eta[:, 3:]).exp(), torch.full_like(eta[:, 3:], 2)], -1) / 2048
+    product = trpo.fisher_product(agent, theta, obs, damping=0.1)
+    for seed in range(5):
+        v = torch.randn(len(theta), generator=torch.Generator().manual_seed(seed))
+        double_backward = flat_gradient(kl_gradient @ v, params, retain_graph=True) + 0.1 * v
+        forward_mode = transposed(M * torch.func.jvp(policy_parameters, (theta,), (v,))[1])[0] + 0.1 * v
+        for reference in (double_backward, forward_mode):
+            assert ((product(v) - reference).norm() / reference.norm()).item() < 5e-7
 
 
 def test_policy_vector_holds_log_std_and_nothing_of_the_critic():
-    agent, params, _ = make_policy()
-    before = [p.clone() for p in agent.critic.parameters()]
-    assert len(params) == sum(p.numel() for p in agent.actor.parameters()) + 3
-    params += 1
-    assert torch.equal(agent.log_std, torch.ones(3))
-    assert all(torch.equal(a, b) for a, b in zip(before, agent.critic.parameters(), strict=True))
+    agent, theta, data = make_policy()
+    names = {name for name, _ in agent.named_parameters()}
+    assert set(trpo.policy_part(agent)) == {name for name in names if "actor" in name or name == "log_std"}
+    critic = [p.clone() for p in agent.critic.parameters()]
+    before = {name: p.clone() for name, p in trpo.policy_part(agent).items()}
+    assert update(agent, data)["line_search_step"] >= 0
+    assert not any(torch.equal(p, before[name]) for name, p in trpo.policy_part(agent).items())
+    assert all(torch.equal(a, b) for a, b in zip(critic, agent.critic.parameters(), strict=True))
 
 
-def test_fvp_subsample_thins_the_products_and_never_the_gradient(monkeypatch):
-    agent, params, data = make_policy()
+@pytest.mark.parametrize("k", [7, 8, 32])
+def test_fvp_subsample_thins_the_products_and_never_the_gradient(k, monkeypatch):
+    """Every k-th step of all eight environments, also where k is a multiple of their number."""
+    agent, _, data = make_policy()
+    data["obs"][:, 0] = torch.arange(256) % 8  # rows are ordered (t, n): the environment
+    data["obs"][:, 1] = torch.arange(256) // 8  # and the step
+    with torch.no_grad():
+        data["old_policy"] = agent.policy_parameters(data["obs"])
+        data["logprob"] = agent.policy(data["obs"]).log_prob(data["action"])
     seen, original = [], trpo.fisher_product
 
-    def spy(agent, obs, weight, damping):
-        seen.append((obs, weight))
-        return original(agent, obs, weight, damping)
+    def spy(agent, theta, obs, damping):
+        seen.append(obs)
+        return original(agent, theta, obs, damping)
 
     monkeypatch.setattr(trpo, "fisher_product", spy)
-    expected = trpo.flat_gradient(trpo.surrogate_and_kl(agent, data)[0], agent.policy_parameters()).norm()
-    report = update(agent, params, data, fvp_subsample=7)
-    assert torch.equal(seen[0][0], data["obs"][::7]) and len(seen[0][1]) == 37
+    expected = gradient(agent, data).norm()
+    report = update(agent, data, fvp_subsample=k)
+    steps = range(0, 32, k)
+    assert seen[0][:, :2].tolist() == [[n, t] for t in steps for n in range(8)]
     assert report["gradient_norm"] == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -125,6 +199,16 @@ def test_conjugate_gradient_against_solve():
     assert residual.norm() > 1e-4
 
 
+def test_natural_gradient_against_a_direct_solve():
+    """F + damping I of a policy, as a matrix, solved by LAPACK."""
+    agent, theta, data = make_policy(double=True, small=True)
+    g, x, product = natural_gradient(agent, data, damping=0.1, iters=100)
+    expected = torch.linalg.solve(dense(product, len(theta)), g)
+    assert (x - expected).norm() < 1e-4 * expected.norm()  # |F x - g| is 1e-5 |g| where it stops
+    x = trpo.conjugate_gradient(product, g, 100, tolerance=1e-24)[0]
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_conjugate_gradient_scales_with_b_and_keeps_zero():
     F, b = positive_definite().float(), torch.randn(20, generator=torch.Generator().manual_seed(1))
     for iters in (3, 60):
@@ -136,68 +220,65 @@ def test_conjugate_gradient_scales_with_b_and_keeps_zero():
 
 
 def test_conjugate_gradient_stops_once_it_is_there():
-    """Further iterations after convergence, at which rounding would divide 0 by 0, change nothing."""
+    """Further iterations after convergence, at which rounding would divide 0 by 0, do not happen."""
     for F in (torch.eye(20), 3 * torch.eye(20)):
-        b = torch.randn(20, generator=torch.Generator().manual_seed(1))
-        x, residual = trpo.conjugate_gradient(lambda v, F=F: F @ v, b, iters=50)
+        b, calls = torch.randn(20, generator=torch.Generator().manual_seed(1)), []
+        x, residual = trpo.conjugate_gradient(lambda v, F=F, calls=calls: calls.append(1) or F @ v, b, iters=50)
         torch.testing.assert_close(x, b / F[0, 0])
-        assert residual.norm() <= 1e-5 * b.norm()
+        assert residual.norm() <= 1e-5 * b.norm() and len(calls) <= 2
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
 def test_surrogate_gradient_at_the_old_policy_is_the_policy_gradient():
-    """Notes §1.1-1.2: d/dtheta mean[r A] = mean[A d/dtheta log pi] at theta_old."""
+    """d/dtheta mean[r A] = mean[A d/dtheta log pi] at theta_old."""
     agent, _, data = make_policy()
-    ours = trpo.flat_gradient(trpo.surrogate_and_kl(agent, data)[0], agent.policy_parameters())
-    log_prob = agent.dist.log_prob(agent.policy(data["obs"]), data["action"])
-    policy_gradient = trpo.flat_gradient((log_prob * data["advantage"]).mean(), agent.policy_parameters())
-    torch.testing.assert_close(ours, policy_gradient, rtol=1e-4, atol=1e-6)
+    log_prob = agent.policy(data["obs"]).log_prob(data["action"])
+    policy_gradient = flat_gradient((log_prob * data["advantage"]).mean(), list(trpo.policy_part(agent).values()))
+    torch.testing.assert_close(gradient(agent, data), policy_gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("max_kl,tolerance", [(1e-6, 0.2), (1e-8, 0.02), (1e-10, 0.002)])
 def test_kl_of_the_full_step_approaches_max_kl(max_kl, tolerance):
-    agent, params, data = make_policy(double=True, small=True)
+    agent, theta, data = make_policy(double=True, small=True)
     g, x, product = natural_gradient(agent, data, damping=0.0, iters=100)
     scale = math.sqrt(2 * max_kl / (x @ product(x)).item())
-    with torch.no_grad():
-        params += scale * x
-        kl = trpo.surrogate_and_kl(agent, data)[1].item()
+    kl = surrogate_and_kl(agent, data, theta + scale * x)[1].mean().item()
     assert kl / max_kl == pytest.approx(1, abs=tolerance)
 
 
 @pytest.mark.parametrize("damping,iters", [(0.0, 100), (0.1, 10), (0.1, 3)])
 def test_both_forms_take_the_same_full_step_at_beta_star(damping, iters):
-    """Notes §1.3, "for a suitable choice of beta": beta* = sqrt(g' F^-1 g / (2 max_kl))."""
+    """The forms are equivalent for a suitable beta: beta* = sqrt(g' F^-1 g / (2 max_kl))."""
     flags = {"cg_damping": damping, "cg_iters": iters}
-    agent, params, data = make_policy(double=True, small=True)
-    old = params.clone()
-    report = update(agent, params, data, max_kl=1e-8, **flags)
-    assert report["line_search_step"] >= 0
-    constrained = (params - old) / 0.8 ** report["line_search_step"]  # without damping the KL lies a hair above max_kl
-    params.copy_(old)
+    agent, old, data = make_policy(double=True, small=True)
     g, x, _ = natural_gradient(agent, data, damping, iters)
+    report = update(agent, data, max_kl=1e-8, **flags)
+    assert report["line_search_step"] >= 0
+    # Without damping the KL lies a hair above max_kl, and the line search shortens the step.
+    constrained = (vector(agent) - old) / 0.8 ** report["line_search_step"]
     assert report["beta_star"] == pytest.approx(math.sqrt((g @ x).item() / 2e-8), rel=1e-4)  # x is not quite F^-1 g
-    report = update(agent, params, data, beta=report["beta_star"], form="penalized", **flags)
+    torch.nn.utils.vector_to_parameters(old.clone(), trpo.policy_part(agent).values())
+    report = update(agent, data, beta=report["beta_star"], form="penalized", **flags)
     assert report["line_search_step"] == 0
-    assert ((params - old) - constrained).norm() < 1e-6 * constrained.norm()
+    assert ((vector(agent) - old) - constrained).norm() < 1e-6 * constrained.norm()
 
 
 @pytest.mark.parametrize("flags", [{}, {"kl_constraint": "max"}, {"form": "penalized"}])
 def test_a_step_raises_the_surrogate_and_reports_what_it_did(flags):
-    agent, params, data = make_policy()
-    before, old = trpo.surrogate_and_kl(agent, data)[0].item(), params.clone()
-    report = update(agent, params, data, **flags)
-    surrogate, kl, kl_max = (x.item() for x in trpo.surrogate_and_kl(agent, data))
+    agent, old, data = make_policy()
+    before = surrogate_and_kl(agent, data)[0].item()
+    report = update(agent, data, **flags)
+    surrogate, kl = surrogate_and_kl(agent, data)
+    surrogate, kl, kl_max = surrogate.item(), kl.mean().item(), kl.max().item()
     assert surrogate > before and report["expected_improvement"] > 0
     assert report["improvement"] == pytest.approx(surrogate - before, rel=1e-3)
     assert report["kl"] == pytest.approx(kl, rel=1e-4) and report["kl_max"] == pytest.approx(kl_max, rel=1e-4)
-    assert report["step_norm"] == pytest.approx((params - old).norm().item(), rel=1e-4)
-    assert report["improvement_ratio"] == pytest.approx(
-        report["improvement"] / report["expected_improvement"], rel=1e-3
-    )
-    assert 0.3 < report["improvement_ratio"] < 1.5
+    assert report["step_norm"] == pytest.approx((vector(agent) - old).norm().item(), rel=1e-4)
+    ratio = report["improvement"] / report["expected_improvement"]
+    assert report["improvement_ratio"] == pytest.approx(ratio, rel=1e-3)
+    assert 0.3 < report["improvement_ratio"] < 1.5 and report["beta"] == 1.0
     if flags.get("kl_constraint") == "max":
         assert 0.4 * 0.01 < kl_max <= 0.01
     elif not flags:
@@ -206,104 +287,120 @@ def test_a_step_raises_the_surrogate_and_reports_what_it_did(flags):
 
 def test_the_max_form_holds_on_every_sampled_state():
     for seed in range(10):
-        agent, params, data = make_policy(seed)
-        data["weight"][::3] = 0
-        assert update(agent, params, data, max_kl=0.02, kl_constraint="max")["line_search_step"] >= 0
-        per_state = agent.dist.kl(data["policy"], agent.policy(data["obs"]))
-        assert per_state[data["weight"] > 0].max() <= 0.02
-
-
-def test_rows_that_are_no_transitions_are_not_seen():
-    """A batch with weight-0 rows gives the step of the batch without them."""
-    results = []
-    for masked in (True, False):
-        agent, params, data = make_policy()
-        if masked:
-            data["weight"][::4] = 0
-        else:
-            keep = torch.arange(256) % 4 > 0
-            data = {key: x[keep] for key, x in data.items()}
-        update(agent, params, data, kl_constraint="max")
-        results.append(params.clone())
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+        agent, _, data = make_policy(seed)
+        assert update(agent, data, max_kl=0.02, kl_constraint="max")["line_search_step"] >= 0
+        assert surrogate_and_kl(agent, data)[1].max() <= 0.02
 
 
 def test_a_zero_gradient_moves_nothing():
-    agent, params, data = make_policy()
+    agent, old, data = make_policy()
     data["advantage"].zero_()
-    old = params.clone()
     for flags in ({}, {"kl_constraint": "max"}, {"form": "penalized"}):
-        report = update(agent, params, data, **flags)
-        assert torch.equal(params, old) and report["line_search_step"] == -1
+        report = update(agent, data, **flags)
+        assert torch.equal(vector(agent), old) and report["line_search_step"] == -1
         assert report["kl"] == report["improvement"] == report["step_norm"] == report["gradient_norm"] == 0
-        assert report["improvement_ratio"] == 0
+        assert report["improvement_ratio"] == report["beta_star"] == 0
         assert math.isfinite(report["cg_residual"])
+
+
+def test_surrogate_kl_is_old_to_new():
+    """Not the other direction: KL(N(0,1) || N(0,s)) and KL(N(0,s) || N(0,1)) differ."""
+    agent, _, data = make_policy()
+    agent.log_std.data += 1.0
+    kl = surrogate_and_kl(agent, data)[1]
+    assert kl.shape == (256,)
+    assert kl.mean().item() == pytest.approx(3 * (1 + 0.5 * math.exp(-2) - 0.5), rel=1e-4)
+
+
+def test_a_standard_deviation_that_depends_on_the_state_needs_no_other_change(monkeypatch):
+    class Other(trpo.Agent):
+        def __init__(self, obs_dim, action_space):
+            super().__init__(obs_dim, action_space)
+            del self.log_std
+            self.actor = trpo.mlp(obs_dim, 2 * self.action_dim, output_gain=0.01)
+
+        def policy_parameters(self, obs):
+            return self.actor(obs)
+
+    monkeypatch.setattr(trpo, "Agent", Other)
+    agent = make_agent()
+    data, old = make_batch(agent), vector(agent)
+    report = update(agent, data)
+    assert report["line_search_step"] >= 0 and 0 < report["kl"] <= 0.01
+    assert not torch.equal(vector(agent), old)
 
 
 # ---- line search -----------------------------------------------------------------------------------------------------
 
 
 def search(acceptable, iters=5):
-    """Search from 0.1 along a step of 8, halving; acceptable(x) -> bool. Returns step, report and where params are."""
-    params = torch.full((3,), 0.1)
+    """Search from 0.1 along a step of 8, halving; acceptable(x) -> bool. Returns where it ends, numbers and place."""
+    theta, step = torch.full((3,), 0.1), torch.full((3,), 8.0)
 
-    def evaluate():
-        return torch.tensor(acceptable(params[0].item())), params[:1].clone()
+    def look(theta):
+        return {"x": theta[0].item()}
 
-    taken, report = trpo.line_search(params, torch.full((3,), 8.0), evaluate, 0.5, iters)
-    return taken.item(), report, params
+    return trpo.line_search(theta, step, look, lambda numbers: acceptable(numbers["x"]), 0.5, iters)
 
 
 def test_line_search_accepts_the_first_candidate():
-    taken, report, params = search(lambda x: True)
-    assert taken == 0 and torch.equal(params, torch.full((3,), 8.1)) and report == params[0]
+    theta, numbers, taken = search(lambda x: True)
+    assert taken == 0 and torch.equal(theta, torch.full((3,), 8.1)) and numbers == {"x": theta[0].item()}
 
 
 def test_line_search_backtracks():
-    taken, report, params = search(lambda x: x < 3)
-    assert taken == 2 and torch.equal(params, torch.full((3,), 2.1)) and report == params[0]
+    theta, numbers, taken = search(lambda x: x < 3)
+    assert taken == 2 and torch.equal(theta, torch.full((3,), 2.1)) and numbers == {"x": theta[0].item()}
 
 
 def test_line_search_restores_bit_for_bit():
-    taken, report, params = search(lambda x: False)
-    assert taken == -1 and report == 0 and torch.equal(params, torch.full((3,), 0.1))
+    theta, numbers, taken = search(lambda x: False)
+    assert taken == -1 and numbers == {"x": 0} and torch.equal(theta, torch.full((3,), 0.1))
+
+
+def test_what_is_acceptable():
+    def accepted(kl=0.005, kl_max=0.05, improvement=0.1, beta=1.0, **flags):
+        numbers = {"kl": kl, "kl_max": kl_max, "improvement": improvement}
+        return trpo.acceptable(numbers, beta, trpo.Args(max_kl=0.01, **flags))
+
+    assert accepted() and accepted(kl=0.01) and not accepted(kl=0.0101)
+    assert not accepted(improvement=0.0) and not accepted(improvement=-0.1)
+    assert not accepted(kl_constraint="max") and accepted(kl_max=0.01, kl_constraint="max")
+    assert accepted(form="penalized") and accepted(kl=0.09, form="penalized")  # no bound: 0.1 pays 0.09
+    assert not accepted(kl=0.1, form="penalized") and not accepted(beta=20.0, form="penalized")
+    for bad, flags in itertools.product(
+        (math.nan, math.inf, -math.inf), ({}, {"kl_constraint": "max"}, {"form": "penalized"})
+    ):
+        assert not accepted(improvement=bad, **flags)
+    for flags in ({}, {"kl_constraint": "max"}, {"form": "penalized"}):
+        assert not accepted(kl=math.nan, kl_max=math.nan, **flags)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_rejected(bad):
+@pytest.mark.parametrize("flags", [{}, {"kl_constraint": "max"}, {"form": "penalized"}])
+def test_what_is_not_finite_is_rejected(bad, flags):
     """Ten candidates without one finite surrogate, and a step that is itself not finite: the old parameters stay."""
-    agent, params, data = make_policy()
-    old = params.clone()
-    report = update(agent, params, data | {"logprob": torch.full((256,), -bad)})
-    assert report["line_search_step"] == -1 and torch.equal(params, old)
+    agent, old, data = make_policy()
+    report = update(agent, data | {"logprob": torch.full((256,), -bad)}, **flags)
+    assert report["line_search_step"] == -1 and torch.equal(vector(agent), old)
     assert report["kl"] == 0 and report["improvement"] == 0
-    report = update(agent, params, data | {"advantage": torch.full((256,), bad)})
-    assert report["line_search_step"] == -1 and torch.equal(params, old)
+    report = update(agent, data | {"advantage": torch.full((256,), bad)}, **flags)
+    assert report["line_search_step"] == -1 and torch.equal(vector(agent), old)
 
 
 def test_a_rejected_step_is_logged_and_leaves_the_policy(tmp_path, monkeypatch):
     """In a whole run whose every candidate is refused the policy stays as it was initialised; the critic learns."""
-    monkeypatch.setattr(trpo, "line_search", refusing(trpo.line_search))
+    monkeypatch.setattr(trpo, "acceptable", lambda numbers, beta, args: False)
     table = run(tmp_path, "a")
     assert set(table["line_search_step"]) == {-1} and set(table["kl"]) == {0}
     trained = trpo.load_checkpoint(tmp_path / "a")["agent"]
-    fresh = trpo.Agent(3, trpo.make_env("Pendulum-v1").action_space, torch.Generator().manual_seed(1)).state_dict()
+    torch.manual_seed(1)
+    fresh = trpo.Agent(3, trpo.make_env("Pendulum-v1").action_space).state_dict()
     for key, x in trained.items():
         if "actor" in key or key == "log_std":
             assert torch.equal(x, fresh[key])
         if "critic" in key:
             assert not torch.equal(x, fresh[key])
-
-
-def refusing(line_search):
-    def wrapped(params, step, evaluate, coeff, iters):
-        def refuse():
-            acceptable, report = evaluate()
-            return acceptable & False, report
-
-        return line_search(params, step, refuse, coeff, iters)
-
-    return wrapped
 
 
 @pytest.mark.parametrize(
@@ -319,7 +416,55 @@ def test_no_candidate_above_the_bound_is_ever_accepted(tmp_path, flags):
     assert max(table["line_search_step"]) > 0 or not flags  # the harder settings do backtrack
 
 
-# ---- penalised form, logging, resume ---------------------------------------------------------------------------------
+# ---- the critic ------------------------------------------------------------------------------------------------------
+
+
+def critic_data(agent, B):
+    data = make_batch(agent, B)
+    return {key: data[key] for key in ("obs", "return")}
+
+
+def test_critic_update_equals_torch():
+    agent, twin = make_agent(), make_agent()
+    data, state = critic_data(agent, 256), trpo.initial_state(agent.critic, 2)
+    optimizer, sums = torch.optim.Adam(twin.critic.parameters(), lr=1e-3, eps=1e-5), torch.zeros(2)
+    for i in range(50):
+        index = torch.randperm(256, generator=torch.Generator().manual_seed(i))[:64]
+        batch = {key: x[index] for key, x in data.items()}
+        state = trpo.critic_update(agent.critic, state, batch, torch.tensor(1e-3))
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(twin.value(batch["obs"]), batch["return"])
+        loss.backward()
+        grad = torch.cat([p.grad.flatten() for p in twin.critic.parameters()])
+        sums += torch.stack([loss.detach(), grad.norm()])
+        optimizer.step()
+    expected = torch.nn.utils.parameters_to_vector(twin.critic.parameters()).detach()
+    torch.testing.assert_close(state["parameters"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state["sums"], sums, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_critic_equals_eager():
+    results = []
+    for compile in (False, True):
+        agent = make_agent()
+        policy, start = vector(agent), torch.nn.utils.parameters_to_vector(agent.critic.parameters()).detach().clone()
+        data, state = critic_data(agent, 1024), trpo.initial_state(agent.critic, 2)
+        order, rng = torch.zeros(8, 128, dtype=torch.long), torch.Generator().manual_seed(0)
+        operands = agent.critic, state, data, order, torch.tensor(1e-3)
+        epoch = trpo.accelerated(
+            trpo.Args(compile=compile), trpo.epoch_of_critic_updates, trpo.critic_update, *operands
+        )
+        for _ in range(60):
+            order.copy_(torch.randperm(1024, generator=rng).view(8, 128))
+            epoch()
+        results.append(torch.nn.utils.parameters_to_vector(agent.critic.parameters()).detach().clone())
+        assert torch.equal(results[-1], state["parameters"])  # the critic's parameters are views of it
+        assert torch.equal(policy, vector(agent)) and (results[-1] - start).norm() > 0.1 * start.norm()
+    eager, compiled = results
+    assert ((eager - compiled).norm() / eager.norm()).item() < 1e-5
+
+
+# ---- penalised form, logging, resume, refusals -----------------------------------------------------------------------
 
 
 def test_adaptive_beta_follows_the_rule_and_survives_a_resume(tmp_path):
@@ -334,11 +479,9 @@ def test_adaptive_beta_follows_the_rule_and_survives_a_resume(tmp_path):
     run(tmp_path, "a", *flags, "--stop-at-step", 512)
     resume = ["--resume", str(tmp_path / "a"), "--run-dir"]
     assert trpo.main([*resume, str(tmp_path / "b")]) == 0
-    with open(tmp_path / "b" / "progress.csv") as file:
-        assert [float(row["beta"]) for row in csv.DictReader(file)] == beta[4:]
+    assert table_of(tmp_path / "b")["beta"] == beta[4:]
     assert trpo.main([*resume, str(tmp_path / "c"), "--beta", "7"]) == 0
-    with open(tmp_path / "c" / "progress.csv") as file:
-        assert float(next(csv.DictReader(file))["beta"]) == 7
+    assert table_of(tmp_path / "c")["beta"][0] == 7
 
 
 def test_penalty_coefficient_of_the_bound(tmp_path, monkeypatch):
@@ -351,38 +494,73 @@ def test_penalty_coefficient_of_the_bound(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trpo, "gae", spy)
     table = run(tmp_path, "a", "--gamma", 0.9)
-    expected = [4 * A.abs().max().item() * 0.9 / 0.1**2 for A in seen]
+    expected = [4 * A.abs().max().item() * 0.9 / 0.1**2 for A in seen[1:]]  # the first, of zeros, sets shapes
     assert table["penalty_coefficient_of_the_bound"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_discrete_actions_are_refused(tmp_path, capsys):
-    assert trpo.main([*SMALL, "--env-id", "CartPole-v1", "--run-dir", str(tmp_path / "a")]) == 2
+def test_without_a_discount_the_bound_is_infinite_and_the_run_goes_on(tmp_path):
+    table = run(tmp_path, "a", "--gamma", 1)
+    assert set(table["penalty_coefficient_of_the_bound"]) == {math.inf} and len(table["kl"]) == 16
+
+
+def test_every_metric_has_its_column_and_its_tag(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    columns = ["policy_loss", "value_loss", "vf_grad_norm", "entropy", "explained_variance", "learning_rate", "kl"]
+    trpo_columns = ["kl_max", "improvement", "expected_improvement", "improvement_ratio", "line_search_step"]
+    trpo_columns += ["step_norm", "gradient_norm", "cg_residual", "beta_star", "beta"]
+    trpo_columns += ["penalty_coefficient_of_the_bound"]
+    assert set(columns + trpo_columns) <= run(tmp_path, "a").keys()
+    board = EventAccumulator(str(tmp_path / "a")).Reload()
+    tags = {f"losses/{key}" for key in columns if key != "learning_rate"} | {"charts/learning_rate", "charts/SPS"}
+    assert tags | {f"trpo/{key}" for key in trpo_columns} <= set(board.Tags()["scalars"])
+
+
+def refused(capsys, tmp_path, *flags):
+    """The one line with which main() refuses the flags, before anything is written."""
+    assert trpo.main([*SMALL, "--run-dir", str(tmp_path / "refused"), *map(str, flags)]) == 2
     err = capsys.readouterr().err
-    assert "action space" in err and err.count("\n") == 1 and not (tmp_path / "a").exists()
+    assert err.count("\n") == 1 and not (tmp_path / "refused").exists()
+    return err
 
 
-def test_compiled_critic_equals_eager():
-    results = []
-    for compiled in (False, True):
-        agent = make_agent()
-        step = trpo.compiled(trpo.minibatch_update, torch.device("cpu")) if compiled else trpo.minibatch_update
-        data = make_batch(agent, 1024)
-        data = {key: data[key] for key in ("obs", "return", "weight")}
-        adam, metrics = batches.make_adam(trpo, agent.critic), torch.zeros(2)
-        coef = {"learning_rate": torch.tensor(1e-3), "max_grad_norm": torch.tensor(math.inf)}
-        rng = torch.Generator().manual_seed(0)
-        for _ in range(60):
-            for index in torch.randperm(1024, generator=rng).view(-1, 128):
-                step(trpo.critic_loss, agent.critic, adam, data, index, coef, metrics)
-        results.append(adam["params"].clone())
-    eager, compiled = results
-    assert ((eager - compiled).norm() / eager.norm()).item() < 1e-5
+def test_discrete_actions_are_refused(tmp_path, capsys):
+    assert "action space" in refused(capsys, tmp_path, "--env-id", "CartPole-v1")
 
 
-def test_surrogate_kl_is_old_to_new():
-    """Not the other direction: KL(N(0,1) || N(0,s)) and KL(N(0,s) || N(0,1)) differ."""
-    agent, params, data = make_policy()
-    with torch.no_grad():
-        params[-3:] += 1.0
-        kl = trpo.surrogate_and_kl(agent, data)[1]
-    assert kl.item() == pytest.approx(3 * (1 + 0.5 * math.exp(-2) - 0.5), rel=1e-4)
+PENALIZED = ["--form", "penalized"]
+
+
+@pytest.mark.parametrize(
+    "flags,line",
+    [
+        (["--beta", 2], "--beta goes with --form penalized"),
+        (["--beta-schedule", "adaptive"], "--beta-schedule goes with --form penalized"),
+        (["--kl-constraint", "max", "--beta=2"], "--beta goes with --form penalized"),
+        ([*PENALIZED, "--kl-constraint", "max"], "--kl-constraint goes with --form constrained"),
+        ([*PENALIZED, "--max-kl", 0.1], "--max-kl goes with --form constrained or --beta-schedule adaptive"),
+        (["--eval-episodes", 3], "--eval-episodes goes with --evaluate"),
+        (["--capture-video"], "--capture-video goes with --evaluate"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(flags, line, tmp_path, capsys):
+    assert line in refused(capsys, tmp_path, *flags)
+
+
+def test_flags_of_the_form_that_a_checkpoint_has_are_taken(tmp_path, capsys):
+    run(tmp_path, "a", *PENALIZED, "--beta-schedule", "adaptive", "--max-kl", 0.03, "--stop-at-step", 512)
+    resume = ["--resume", str(tmp_path / "a")]
+    args = trpo.parse_args([*resume, "--beta", "3", "--max-kl", "0.05"])
+    assert (args.form, args.beta, args.max_kl, args.beta_schedule) == ("penalized", 3.0, 0.05, "adaptive")
+    with pytest.raises(trpo.UserError, match="--kl-constraint goes with --form constrained"):
+        trpo.parse_args([*resume, "--kl-constraint", "max"])
+    with pytest.raises(trpo.UserError, match="--max-kl does nothing with --evaluate"):
+        trpo.parse_args(["--evaluate", str(tmp_path / "a"), "--max-kl", "0.05"])
+
+
+@pytest.mark.parametrize(
+    "flags", ["--max-kl 0", "--backtrack-coeff 1", "--fvp-subsample 65", "--cg-damping -1", "--cg-iters 0"]
+)
+def test_values_that_cannot_work_are_refused(flags, tmp_path, capsys):
+    assert flags.split()[0] in refused(capsys, tmp_path, *flags.split())
+    assert "--beta" in refused(capsys, tmp_path, *PENALIZED, "--beta", 1e5)
