@@ -952,8 +952,8 @@ def check_args(args):
     for key, x in vars(args).items():
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
-            bounds = f"from {low} to {high}" if key in highest else "positive" if low > 0 else "0 or more"
-            raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and smaller than 2**63")
+            bounds = "positive" if low == sys.float_info.min else f"{low} or more"
+            raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch = args.num_envs * args.num_steps
     rules = {
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,

@@ -341,7 +341,7 @@ def ppo_loss(agent, batch, coef, norm_adv):
 
 def adapted_beta(beta, kl, target):
     """The next beta after an iteration that moved the policy by kl: doubled if it moved too far, halved if too little,
-    by the paper's section 4. It says that 1.5 and 2 hardly matter, and sets no bounds; here they are [1e-4, 1e4]."""
+    by PPO's section 4. It says that 1.5 and 2 hardly matter, and sets no bounds; here they are [1e-4, 1e4]."""
     factor = 2.0 if kl > target * 1.5 else 0.5 if kl < target / 1.5 else 1.0
     return min(max(beta * factor, 1e-4), 1e4)
 
@@ -965,8 +965,8 @@ def check_args(args):
     for key, x in vars(args).items():
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
-            bounds = f"from {low} to {high}" if key in highest else "positive" if low > 0 else "0 or more"
-            raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and smaller than 2**63")
+            bounds = "positive" if low == sys.float_info.min else f"{low} or more"
+            raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch = args.num_envs * args.num_steps
     rules = {
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,

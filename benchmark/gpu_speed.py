@@ -2,14 +2,15 @@
 
     python benchmark/gpu_speed.py [--env-id Hopper-v4]
 
-Microseconds per 64-sample minibatch of ppo_clip.py, eager, compiled and captured; milliseconds per TRPO policy step on
-2048 states, eager and captured; steps per second of whole runs with 1, 16 and 64 environments; seconds until the first
+Microseconds per 64-sample minibatch of ppo_clip.py, eager, compiled, captured and both; milliseconds per TRPO policy step on
+2048 states; steps per second of whole runs with 1, 16 and 64 environments; seconds until the first
 iteration is done. Stable-Baselines3 (the optional package of benchmark/sb3.py) runs beside them where it is installed.
 Contenders take turns; medians.
 """
 
 import argparse
 import csv
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -41,43 +42,37 @@ def milliseconds(function, calls):
 
 
 def batch_on(script, agent, device, obs_dim=11, B=2048):
-    data = {key: x.to(device) for key, x in script.empty_batch(agent, obs_dim, B).items()}
-    for key in ("obs", "action", "advantage", "return"):
-        data[key].normal_()
-    data["weight"].fill_(1)
+    """A batch as make_batch gives it, of random numbers."""
+    obs, action, advantage = (torch.randn(*shape, device=device) for shape in ((B, obs_dim), (B, 3), (B,)))
     with torch.no_grad():
-        data["policy"].copy_(agent.policy(data["obs"]))
-        data["logprob"].copy_(agent.dist.log_prob(data["policy"], data["action"]))
-    return data
+        parameters, value = agent.policy_parameters(obs), agent.value(obs)
+        logprob = agent.distribution(parameters).log_prob(action)
+    batch = {"obs": obs, "action": action, "old_policy": parameters, "logprob": logprob, "value": value}
+    return batch | {"advantage": advantage, "return": value + advantage}
 
 
 def hopper_agent(script, device):
     import gymnasium as gym
 
-    return script.Agent(11, gym.spaces.Box(-1, 1, (3,)), torch.Generator().manual_seed(0)).to(device)
+    torch.manual_seed(0)
+    return script.Agent(11, gym.spaces.Box(-1, 1, (3,))).to(device)
 
 
 def minibatch_rows(device, M=64):
-    """ppo_clip.py's epoch of 32 minibatches, three ways."""
+    """ppo_clip.py's epoch of 32 minibatches, four ways."""
     import ppo_clip as script
 
-    for mode in ("eager", "compiled", "captured"):
-        agent = hopper_agent(script, device)
-        flat = script.flatten_parameters(agent.parameters())
-        adam = {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": flat.new_zeros(())}
-        data = batch_on(script, agent, device)
-        inputs = {key: x for key, x in data.items() if key != "policy"}
-        values = dict(zip(script.COEFFICIENTS, (3e-4, 0.2, 0.0, 0.5, 0.5), strict=True))
-        coef = {key: torch.tensor(x, device=device) for key, x in values.items()}
-        metrics = torch.zeros(len(script.METRICS), device=device)
-        step = script.minibatch_update if mode == "eager" else script.compiled(script.minibatch_update, device)
-        order = torch.randperm(2048, device=device).view(-1, M)
-
-        def epoch(step=step, agent=agent, adam=adam, inputs=inputs, coef=coef, metrics=metrics, order=order):
-            for index in order.unbind():
-                step(script.ppo_loss, agent, adam, inputs, index, coef, metrics, True, False)
-
-        run = script.graphed(epoch, device) if mode == "captured" else epoch
+    for mode in ("eager", "compiled", "captured", "compiled and captured"):
+        agent, args = hopper_agent(script, device), script.Args(compile="compiled" in mode, cuda="captured" in mode)
+        data, order = batch_on(script, agent, device), torch.randperm(2048, device=device).view(-1, M)
+        coef = {key: torch.tensor(x, device=device) for key, x in vars(args).items() if isinstance(x, float)}
+        state = script.initial_state(agent, len(script.ppo_loss(agent, data, coef, True)[1]) + 1)
+        update = script.compiled(script.update) if mode == "compiled" else script.update
+        operands = agent, state, data, order, coef, True
+        if mode == "compiled":  # minibatch by minibatch: a loop inside the compiled code is for the CPU
+            run = functools.partial(script.epoch_of_updates, update, functools.reduce, *operands)
+        else:
+            run = script.accelerated(args, script.epoch_of_updates, update, *operands)
         for _ in range(4):
             run()
         micros = milliseconds(run, 10) / len(order) * 1e3
@@ -87,22 +82,17 @@ def minibatch_rows(device, M=64):
 def trpo_rows(device):
     import trpo_continuous as script
 
-    for mode in ("eager", "captured"):
-        agent = hopper_agent(script, device)
-        params = script.flatten_parameters(agent.policy_parameters())
-        data, args, old = batch_on(script, agent, device), script.Args(), params.clone()
-        scalars = torch.tensor([args.max_kl, args.beta], device=device).unbind()
+    agent = hopper_agent(script, device)
+    data, args = batch_on(script, agent, device), script.Args()
+    before = {key: x.clone() for key, x in agent.state_dict().items()}
 
-        def step(agent=agent, params=params, data=data, args=args, old=old, scalars=scalars):
-            params.copy_(old)  # always from the same place
-            script.policy_update(agent, params, data, *scalars, args)
+    def step():
+        agent.load_state_dict(before)  # always from the same place
+        script.policy_step(agent, data, args.beta, args)
 
-        run = script.graphed(step, device) if mode == "captured" else step
-        for _ in range(4):
-            run()
-        print(
-            f"| trpo_continuous.py, policy step on 2048 states, {mode} | {milliseconds(run, 10):.2f} ms |", flush=True
-        )
+    for _ in range(4):
+        step()
+    print(f"| trpo_continuous.py, policy step on 2048 states | {milliseconds(step, 10):.2f} ms |", flush=True)
 
 
 def run_rows(args):

@@ -192,6 +192,7 @@ def notes():
     InvertedPendulum-v4: the true objective (512 episodes a point) beside its local linear approximation; the surrogate
     and the trust region along the same step, and the step that was taken."""
     import torch
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
     ppo_clip, trpo = importlib.import_module("ppo_clip"), importlib.import_module("trpo_continuous")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8))
@@ -204,45 +205,45 @@ def notes():
     left.axvline(1, color="0.8", lw=0.8)
     left.legend()
 
-    args = trpo.Args(env_id="InvertedPendulum-v4", num_envs=64, num_steps=64, max_kl=0.05, gamma=0.95)
-    actors = trpo.Actors(trpo.make_envs(args), args.gamma)
-    rng = torch.Generator().manual_seed(0)
-    agent = trpo.Agent(actors.obs_dim, actors.action_space, rng)
-    params = trpo.flatten_parameters(agent.policy_parameters())
-    data = trpo.empty_batch(agent, actors.obs_dim, 4096)
-
-    def collect(seed):
-        actors.reset(seed=(seed,))
-        return actors.collect(agent, args.num_steps, torch.Generator().manual_seed(seed))
-
-    def true_objective():
-        """Mean discounted return of 64 steps from reset, over 8 x 64 starts."""
-        total = []
-        for seed in range(8):
-            rollout = collect(seed)
-            alive = torch.cat([torch.ones(1, 64), 1 - rollout["done"][:-1]]).cumprod(0)
-            discount = args.gamma ** torch.arange(args.num_steps).unsqueeze(1)
-            total.append((rollout["reward"] * alive * discount).sum(0).mean().item())
-        return statistics.fmean(total)
-
-    rollout = collect(100)
-    agent.update_normalisers(rollout)
-    trpo.fill_batch(data, agent, rollout, args.gamma, 1.0)
-    data["advantage"].copy_((data["advantage"] - data["advantage"].mean()) / data["advantage"].std())
-    old = params.clone()
-    report = trpo.policy_update(agent, params, data, torch.tensor(args.max_kl), torch.tensor(1.0), args)
-    report = dict(zip(trpo.POLICY_METRICS, report.tolist(), strict=True))
-    taken = params - old
+    args = trpo.Args(env_id="InvertedPendulum-v4", num_envs=64, num_steps=64, num_workers=0, max_kl=0.05, gamma=0.95)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    env = trpo.make_env(args.env_id)
+    agent = trpo.Agent(env.observation_space.shape[0], env.action_space)
     scales = np.concatenate([np.linspace(-1, 4, 11), np.linspace(6, 40, 12)])
     J, L, kl = [], [], []
-    with torch.no_grad():
-        for scale in scales:
-            params.copy_(old + float(scale) * taken)
-            surrogate, mean_kl, _ = trpo.surrogate_and_kl(agent, data)
-            J.append(true_objective())
-            L.append(surrogate.item())
-            kl.append(mean_kl.item())
-    actors.envs.close()
+    with trpo.Actors(args, agent) as actors:
+
+        def collect(seed):
+            torch.manual_seed(seed)
+            return actors.collect(agent, seed=(seed,))
+
+        def true_objective():
+            """Mean discounted return of 64 steps from reset, over 8 x 64 starts."""
+            total = []
+            for seed in range(8):
+                rollout = collect(seed)
+                alive = torch.cat([torch.ones(1, 64), 1 - rollout["done"][:-1]]).cumprod(0)
+                discount = args.gamma ** torch.arange(args.num_steps).unsqueeze(1)
+                total.append((rollout["reward"] * alive * discount).sum(0).mean().item())
+            return statistics.fmean(total)
+
+        rollout = collect(100)
+        agent.update_statistics(rollout)
+        data = trpo.make_batch(agent, rollout, args.gamma, 1.0)
+        data["advantage"] = (data["advantage"] - data["advantage"].mean()) / data["advantage"].std()
+        policy = trpo.policy_part(agent).values()
+        old = parameters_to_vector(policy).detach().clone()
+        report = trpo.policy_step(agent, data, 1.0, args)
+        taken = parameters_to_vector(policy).detach() - old
+        with torch.no_grad():
+            for scale in scales:
+                theta = old + float(scale) * taken
+                vector_to_parameters(theta, policy)
+                surrogate, kl_by_state = trpo.surrogate_and_kl(agent, theta, data)
+                J.append(true_objective())
+                L.append(surrogate.item())
+                kl.append(kl_by_state.mean().item())
     zero = int(np.abs(scales).argmin())
     slope = (J[zero + 1] - J[zero - 1]) / (scales[zero + 1] - scales[zero - 1])
     middle.plot(scales, J, label="true objective J")

@@ -85,7 +85,7 @@ def test_beta_survives_a_resume_and_a_flag_overrides_it(tmp_path):
 def test_beta_out_of_bounds_is_refused(tmp_path, capsys):
     for beta in ("0", "-1", "1e5", "nan"):
         assert ppo_klpen.main([*SMALL, "--run-dir", str(tmp_path / "a"), "--beta-init", beta]) == 2
-        assert f"--beta-init {float(beta)} must be from 0.0001 to 10000.0" in capsys.readouterr().err
+        assert f"--beta-init {float(beta)} must be 0.0001 or more, and at most 10000.0" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 

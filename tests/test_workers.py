@@ -87,7 +87,7 @@ def test_spawned_workers_give_the_same_bits(name, tmp_path):
     """macOS and Windows do not fork: everything that a worker needs must survive being sent to it."""
     script = importlib.import_module(name)
     flags = [*small_for(script), "--total-timesteps", "512"]
-    assert run(script, *flags, "--run-dir", tmp_path / "forked", "--num-workers", 2) == 0
+    assert script.main([*map(str, flags), "--run-dir", str(tmp_path / "forked"), "--num-workers", "2"]) == 0
     code = f"""
 import multiprocessing, sys
 import {name} as script
