@@ -2,8 +2,8 @@
 
     python benchmark/gpu_speed.py [--env-id Hopper-v4]
 
-Microseconds per 64-sample minibatch of ppo_clip.py, eager, compiled, captured and both; milliseconds per TRPO policy step on
-2048 states; steps per second of whole runs with 1, 16 and 64 environments; seconds until the first
+Microseconds per 64-sample minibatch of ppo_clip.py, eager, compiled, captured and both; milliseconds per TRPO policy
+step on 2048 states; steps per second of whole runs with 1, 16 and 64 environments; seconds until the first
 iteration is done. Stable-Baselines3 (the optional package of benchmark/sb3.py) runs beside them where it is installed.
 Contenders take turns; medians.
 """
