@@ -313,7 +313,7 @@ def make_batch(agent, rollout, gamma, gae_lambda):
     value, next_value = agent.value(obs).cpu(), agent.value(next_obs).cpu()  # (T, N)
     reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # so that values are about 1
     advantage = gae(reward, value, next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
-    action, parameters = rollout["action"].to(device), agent.policy_parameters(obs)  # (T, N, A), (T, N, P)
+    action, parameters = rollout["action"].to(device, copy=True), agent.policy_parameters(obs)  # (T, N, A), (T, N, P)
     batch = {"obs": obs, "action": action, "old_policy": parameters, "value": value, "advantage": advantage}
     batch |= {"logprob": agent.distribution(parameters).log_prob(action), "return": advantage + value}
     return {key: x.to(device).flatten(0, 1) for key, x in batch.items()}

@@ -106,6 +106,16 @@ def test_the_ratio_is_one_before_the_first_update(env_id, D, space):
             agent.update_statistics(rollout)
 
 
+def test_a_batch_is_a_copy():
+    """The rollout's memory is written anew by the next collect; a batch must not change with it."""
+    agent = make_agent()
+    with make_actors(agent) as actors:
+        batch = ppo_clip.make_batch(agent, actors.collect(agent, seed=(1, 0)), 0.99, 0.95)
+        before = {key: x.clone() for key, x in batch.items()}
+        actors.collect(agent)
+    assert all(torch.equal(x, before[key]) for key, x in batch.items())
+
+
 def test_seeds():
     """Another seed or another step gives other episodes, the same ones the same."""
     agent, observations = make_agent(3, gym.spaces.Box(-2, 2, (1,))), []
