@@ -663,20 +663,21 @@ def scan_loop(step, rows, state):
 def accelerated(args, epoch, update, *operands):
     """epoch(update, loop, *operands) as a function without arguments, in the fastest form that the run allows."""
     if args.cuda:
-        update = compiled(update) if args.compile else update
+        update = compiled(update, args.cuda) if args.compile else update
         return CudaGraph(lambda: epoch(update, reduce, *operands))
     if args.compile:
-        epoch = compiled(epoch)
+        epoch = compiled(epoch, args.cuda)
     return lambda: epoch(update, scan_loop if args.compile else reduce, *operands)
 
 
-def compiled(function):
+def compiled(function, cuda):
     """torch.compile(function) as one graph, gradient included. It compiles when it is first called."""
     import torch._inductor.config as config  # here, because it is slow to import
 
     say("the first iteration compiles the update: about 15 s, or 4 s if it was compiled before")
-    config.compile_threads = 1
-    config.cpp_wrapper = True  # C++ calls the kernels
+    if not cuda:
+        config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
+        config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     loops = ("torch.ops.higher_order.scan", "torch.ops.higher_order.while_loop")
     config.unsafe_marked_cacheable_functions = dict.fromkeys(loops, torch.__version__)  # else every run compiles anew

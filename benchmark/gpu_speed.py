@@ -67,7 +67,7 @@ def minibatch_rows(device, M=64):
         data, order = batch_on(script, agent, device), torch.randperm(2048, device=device).view(-1, M)
         coef = {key: torch.tensor(x, device=device) for key, x in vars(args).items() if isinstance(x, float)}
         state = script.initial_state(agent, len(script.ppo_loss(agent, data, coef, True)[1]) + 1)
-        update = script.compiled(script.update) if mode == "compiled" else script.update
+        update = script.compiled(script.update, cuda=True) if mode == "compiled" else script.update
         operands = agent, state, data, order, coef, True
         if mode == "compiled":  # minibatch by minibatch: a loop inside the compiled code is for the CPU
             run = functools.partial(script.epoch_of_updates, update, functools.reduce, *operands)
