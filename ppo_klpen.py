@@ -674,7 +674,6 @@ def compiled(function, cuda):
     """torch.compile(function) as one graph, gradient included. It compiles when it is first called."""
     import torch._inductor.config as config  # here, because it is slow to import
 
-    say("the first iteration compiles the update: about 15 s, or 4 s if it was compiled before")
     if not cuda:
         config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
         config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
@@ -812,6 +811,8 @@ class Run:
             raise UserError(f"{self.dir}: {'another process is using it' if busy else error.strerror}") from error
         self.cut_rows()
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
+        if args.compile:
+            say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
             self.save(self.global_step, **self.checkpoint.get("adapted", {}))  # a crash at any moment can be resumed
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
