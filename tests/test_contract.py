@@ -585,6 +585,11 @@ def test_damaged_and_foreign_checkpoints(trainer, tmp_path, capsys):
         assert trainer.main(["--resume", str(tmp_path / "bad.pt"), "--run-dir", str(tmp_path / "b")]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "is damaged" in err
+    if trainer.__name__ in HOUSE:
+        for foreign in ({"weights": torch.zeros(3)}, torch.zeros(3), {"script": trainer.__name__}):
+            torch.save(foreign, tmp_path / "bad.pt")  # whole, but not ours
+            assert trainer.main(["--resume", str(tmp_path / "bad.pt")]) == 2
+            assert f"is damaged, or no checkpoint of {trainer.__name__}.py" in capsys.readouterr().err
     refused, good = 0, tensors(trainer, tmp_path / "a")
     for blob in flipped:  # a flipped bit is noticed, or lies where nothing is stored
         (tmp_path / "bad.pt").write_bytes(blob)
