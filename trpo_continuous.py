@@ -64,7 +64,7 @@ Departures from the paper:
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on, bit for bit
     python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__DATE    # prints one line of JSON
 
-Expect after 1M steps: Hopper-v4 2900-3600, Walker2d-v4 2500-3500, HalfCheetah-v4 1500-3900.
+Expect after 1M steps: Hopper-v4 2900-3500 (one of ten seeds 2100), Walker2d-v4 2500-3500, HalfCheetah-v4 1500-3900.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
 A action dimensions, P = 2A numbers that describe the policy in one state, K numbers in theta, the policy's parameters.
