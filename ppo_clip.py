@@ -387,7 +387,7 @@ def train(args: Args) -> dict:
     that ended the run, or None). Raises UserError before anything is written, RunFailed where a run cannot go on."""
     run = Run(args)
     env = make_env(args.env_id)  # an id that does not exist ends here
-    env.close()
+    close(env)
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(1)  # with networks this small a second thread costs more than it brings
     torch.manual_seed(args.seed)
@@ -532,6 +532,12 @@ def make_env(env_id, **kwargs):
     return env if is_vector else gym.wrappers.FlattenObservation(env)  # Discrete (one-hot), Dict, Tuple
 
 
+def close(*envs):
+    for env in envs:
+        with contextlib.suppress(Exception):  # nothing depends on it any more
+            env.close()
+
+
 def perform(environments, seeds):
     """environments.run(seeds), where a failure names the environment and the step. Raises RunFailed."""
     with named_failures(lambda: "environment {}, step {} of the rollout".format(*environments.at)):
@@ -548,8 +554,9 @@ def work(pipe, *args):
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         try:
             environments = Environments(*args)
-            while True:
-                pipe.send(perform(environments, pipe.recv()))
+            while (seeds := pipe.recv()) is not False:
+                pipe.send(perform(environments, seeds))
+            close(*environments.envs)
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
 
@@ -585,9 +592,13 @@ class Actors:
         return self
 
     def __exit__(self, *error):
+        for _, pipe in self.workers:
+            with contextlib.suppress(OSError):  # that worker is dead
+                pipe.send(False)
         for process, _ in self.workers:
+            process.join(timeout=5)
             process.kill()
-            process.join()
+        close(*self.own.envs)
 
     def collect(self, agent, seed=None):
         """One rollout of the agent as it is now: a dict of tensors, (T, N, ...) each. See Environments.run. seed: begin

@@ -188,6 +188,24 @@ def command(pid):
         return ""
 
 
+def test_environments_are_closed_in_every_process(tmp_path, monkeypatch):
+    """Also one that has started something of its own: nothing stays behind. One that fails to close has no say."""
+    import toy_envs
+
+    import ppo_clip
+
+    def close(self):
+        (tmp_path / f"closed-{os.getpid()}-{id(self)}").touch()
+        raise RuntimeError("too late")
+
+    monkeypatch.setattr(toy_envs.NoRenderMode, "close", close)
+    flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--num-envs", 4, "--num-steps", 32, "--total-timesteps", 256]
+    assert run(ppo_clip, *flags, "--run-dir", tmp_path / "a", "--num-workers", 2) == 0
+    closed = [path.name.split("-")[1:] for path in tmp_path.glob("closed-*")]
+    assert len({pid for pid, _ in closed}) == 2
+    assert len([pid for pid, _ in closed if int(pid) != os.getpid()]) == 2  # the two of the worker
+
+
 # ---- environments that fail ------------------------------------------------------------------------------------------
 
 FAILURES = [
