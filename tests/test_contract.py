@@ -487,10 +487,13 @@ def test_an_environment_that_fails_in_evaluation(name, tmp_path, capsys, monkeyp
     script = importlib.import_module(name)
     run(script, "--env-id", "toy_envs:NoRenderMode-v0", "--run-dir", tmp_path)
     capsys.readouterr()
-    monkeypatch.setattr(toy_envs.NoRenderMode, "step", toy_envs.Broken.fail)
-    monkeypatch.setattr(toy_envs.NoRenderMode, "way", "raise", raising=False)
+
+    def step(self, action):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(toy_envs.NoRenderMode, "step", step)
     assert script.main(["--evaluate", str(tmp_path)]) == 1
-    assert "episode 0: step() raised TypeError" in one_line(capsys, name)
+    assert "episode 0: step() raised ZeroDivisionError: a bug (test_contract.py, line " in one_line(capsys, name)
 
 
 @house
@@ -519,15 +522,13 @@ def test_json_is_valid_and_a_closed_pipe_is_no_traceback(name, tmp_path, cli):
     process = cli(name, *SMALL, "--env-id", "Pendulum-v1", "--total-timesteps", 128, "--run-dir", "a")
     summary = json.loads(process.stdout, parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
     assert summary["episodes"] == 0 and summary["episodic_return"] is None
-    for flags in ("--help", "--evaluate a"):
-        command = f"{sys.executable} {ROOT}/{name}.py {flags} 2>&1 1>/dev/full | head -c 0; true"
-        process = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-        assert "Traceback" not in process.stdout + process.stderr
-    pipe = subprocess.Popen(
-        [sys.executable, ROOT / f"{name}.py", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    pipe.stdout.close()
-    assert pipe.stderr.read() == "" and pipe.wait() in (0, 1)
+    for flags in (["--help"], ["--evaluate", "a"]):
+        closed = subprocess.Popen(
+            [sys.executable, ROOT / f"{name}.py", *flags],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        closed.stdout.close()
+        assert closed.stderr.read() == "" and closed.wait() in (0, 1)
 
 
 @house

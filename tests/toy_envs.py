@@ -1,6 +1,5 @@
 """Small environments where the right answer is known. `toy_envs:NAME-v0` makes gymnasium import this module first."""
 
-import os
 import time
 from pathlib import Path
 
@@ -142,11 +141,6 @@ class TupleActions(ConstantReward):
     action_space = Tuple((Discrete(2), Discrete(2)))
 
 
-class NanObs(ConstantReward):
-    def sample_obs(self):
-        return float("nan") if self.np_random.random() < 0.01 else 0.0
-
-
 class HugeReward(ConstantReward):
     def reward(self, obs, action, t):
         return float("inf")
@@ -181,8 +175,6 @@ class Broken(ConstantReward):
     def fail(self):
         if self.way == "raise":
             raise ZeroDivisionError("a bug\nin two lines")
-        if self.way == "exit":
-            os._exit(3)
         if self.way == "hang":
             time.sleep(3600)
         return {"shape": np.zeros(3, np.float32), "short": np.zeros(()), "nan": np.array([np.nan], np.float32)}[
@@ -231,5 +223,5 @@ for cls in list(globals().values()):
 
 for call, way in [("__init__", "raise"), ("reset", "raise"), ("reset", "nan"), ("reset", "shape")]:
     gym.register(f"Broken-{call}-{way}-v0", entry_point=Broken, kwargs={"call": call, "way": way})
-for way in ("raise", "shape", "short", "nan", "exit", "hang"):
+for way in ("raise", "shape", "short", "nan", "hang"):
     gym.register(f"Broken-step-{way}-v0", entry_point=Broken, kwargs={"way": way})
