@@ -622,7 +622,9 @@ def say(text):
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
     if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
-        what = f"reset() returned the observation {obs}" if reward is None else f"step() returned {obs} and {reward}"
+        with np.printoptions(threshold=8):
+            seen = " ".join(str(obs).split())
+        what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
         raise RunFailed(f"{what}: not finite, or not of shape {shape}")
     return obs
 

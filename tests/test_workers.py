@@ -233,6 +233,23 @@ def test_an_environment_that_fails_ends_the_run_with_one_line(env, message, num_
     assert all(x.isfinite().all() for x in checkpoint["agent"].values())
 
 
+def test_a_wide_observation_that_is_not_finite_is_one_line(tmp_path, capsys, monkeypatch):
+    import gymnasium as gym
+    import numpy as np
+    import toy_envs
+
+    import ppo_clip
+
+    obs = np.linspace(0, 1, 60).astype(np.float32)
+    obs[-1] = np.inf
+    monkeypatch.setattr(toy_envs.NoRenderMode, "observation_space", gym.spaces.Box(-1, 1, (60,)))
+    monkeypatch.setattr(toy_envs.NoRenderMode, "observe", lambda self: obs)
+    assert run(ppo_clip, "--env-id", "toy_envs:NoRenderMode-v0", "--run-dir", tmp_path / "a") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "reset() returned the observation [0." in lines[1] and "inf]: not finite" in lines[1]
+    assert len(lines[1]) < 300
+
+
 def test_the_failing_environment_is_named_also_in_a_worker(tmp_path, capsys, monkeypatch):
     from toy_envs import Broken
 
