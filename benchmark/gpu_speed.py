@@ -1,11 +1,12 @@
-"""What --cuda brings, on the GPU of this machine, in one command of under 8 minutes: the README's GPU table.
+"""What --cuda brings, on the GPU of this machine, in one command of five minutes: the GPU table.
 
-    python benchmark/gpu_speed.py [--env-id Hopper-v4]
+    python benchmark/gpu_speed.py [--env-id Hopper-v4] [--seconds 290]
 
-Microseconds per 64-sample minibatch of ppo_clip.py, eager, compiled, captured and both; milliseconds per TRPO policy
-step on 2048 states; steps per second of whole runs with 1, 16 and 64 environments; seconds until the first
-iteration is done. Stable-Baselines3 (the optional package of benchmark/sb3.py) runs beside them where it is installed.
-Contenders take turns; medians.
+Microseconds per minibatch of ppo_clip.py in every form, on the CPU, too; milliseconds per policy step of
+trpo_continuous.py on 2048 states; then whole runs with 1, 8, 16 and 64 environments: steps per second (median over
+iterations past the third) and seconds from the command to the end of the first iteration, as whoever waits for it sees
+them. Stable-Baselines3 (the optional package of benchmark/sb3.py) runs beside them where it is installed. The last
+line names the fastest command. Rows come one by one, so a run that is cut short keeps what it has measured.
 """
 
 import argparse
@@ -23,22 +24,21 @@ from pathlib import Path
 
 import torch
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def milliseconds(function, calls):
-    """Median over 5 rounds of the time per call, the device's work included."""
-    rounds = []
-    for _ in range(5):
+def milliseconds(function, calls, rounds=5):
+    """Median over rounds of the time per call, the device's work included."""
+    times = []
+    for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             function()
         torch.cuda.synchronize()
-        rounds.append((time.perf_counter() - start) / calls * 1e3)
-    return statistics.median(rounds)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
 
 
 def batch_on(script, agent, device, obs_dim=11, B=2048):
@@ -58,28 +58,29 @@ def hopper_agent(script, device):
     return script.Agent(11, gym.spaces.Box(-1, 1, (3,))).to(device)
 
 
-def minibatch_rows(device, M=64):
-    """ppo_clip.py's epoch of 32 minibatches, four ways."""
+def minibatch_row(mode, M, B):
+    """An epoch of ppo_clip.py in one of its forms."""
     import ppo_clip as script
 
-    for mode in ("eager", "compiled", "captured", "compiled and captured"):
-        agent, args = hopper_agent(script, device), script.Args(compile="compiled" in mode, cuda="captured" in mode)
-        data, order = batch_on(script, agent, device), torch.randperm(2048, device=device).view(-1, M)
-        coef = {key: torch.tensor(x, device=device) for key, x in vars(args).items() if isinstance(x, float)}
-        state = script.initial_state(agent, len(script.ppo_loss(agent, data, coef, True)[1]) + 1)
-        update = script.compiled(script.update, cuda=True) if mode == "compiled" else script.update
-        operands = agent, state, data, order, coef, True
-        if mode == "compiled":  # minibatch by minibatch: a loop inside the compiled code is for the CPU
-            run = functools.partial(script.epoch_of_updates, update, functools.reduce, *operands)
-        else:
-            run = script.accelerated(args, script.epoch_of_updates, update, *operands)
-        for _ in range(4):
-            run()
-        micros = milliseconds(run, 10) / len(order) * 1e3
-        print(f"| ppo_clip.py, minibatch of {M}, {mode} | {micros:.0f} us |", flush=True)
+    device = torch.device("cpu" if "CPU" in mode else "cuda")
+    args = script.Args(compile="compiled" in mode, cuda="captured" in mode)
+    agent = hopper_agent(script, device)
+    data, order = batch_on(script, agent, device, B=B), torch.randperm(B, device=device).view(-1, M)
+    coef = {key: torch.tensor(x, device=device) for key, x in vars(args).items() if isinstance(x, float)}
+    state = script.initial_state(agent, len(script.ppo_loss(agent, data, coef, True)[1]) + 1)
+    operands = agent, state, data, order, coef, True
+    if mode == "compiled":  # minibatch by minibatch: a loop inside the compiled code is for the CPU
+        update = script.compiled(script.update, cuda=True)
+        run = functools.partial(script.epoch_of_updates, update, functools.reduce, *operands)
+    else:
+        run = script.accelerated(args, script.epoch_of_updates, script.update, *operands)
+    for _ in range(4):
+        run()
+    micros = milliseconds(run, 1 if mode == "eager" else 10) / len(order) * 1e3
+    return f"| ppo_clip.py, minibatch of {M}, {mode} | {micros:.0f} us |"
 
 
-def trpo_rows(device):
+def trpo_row(device):
     import trpo_continuous as script
 
     agent = hopper_agent(script, device)
@@ -92,50 +93,95 @@ def trpo_rows(device):
 
     for _ in range(4):
         step()
-    print(f"| trpo_continuous.py, policy step on 2048 states | {milliseconds(step, 10):.2f} ms |", flush=True)
+    return f"| trpo_continuous.py, policy step on 2048 states, {device} | {milliseconds(step, 10):.2f} ms |"
 
 
-def run_rows(args):
-    """Whole runs: steps per second (median over iterations past the third) and time to the first iteration's end."""
-    for num_envs in (1, 16, 64):
-        sizes = ["--env-id", args.env_id, "--num-envs", num_envs, "--num-steps", 2048 // num_envs]
-        steps = ["--total-timesteps", 2048 * 12]
-        rows = {
-            f"{name}, {flag}": [ROOT / f"{name}.py", *sizes, *steps, "--compile", flag]
-            for name in ("ppo_clip", "trpo_continuous")
-            for flag in ("--cuda", "--no-cuda")
-        }
+def run_of(command, path, limit):
+    """Steps per second, and seconds from the command to the first row in the file. Raises RuntimeError."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    start, first = time.time(), None
+    with tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL, stderr=err)
+        while process.poll() is None:
+            time.sleep(0.02)
+            if first is None and path.exists() and path.read_text().count("\n") > 1:
+                first = time.time() - start
+            if time.time() - start > limit:
+                process.terminate()
+                process.wait(timeout=20)
+                break
+        err.seek(0)
+        lines = [line for line in err.read().splitlines() if line.strip()] or ["without a word"]
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    if len(rows) < 5:
+        raise RuntimeError(f"exit status {process.returncode}, {lines[-1][:100]}")
+    return statistics.median(float(row["sps"]) for row in rows[3:]), first
+
+
+def contenders(args):
+    """(name, N, command) of whole runs, the most interesting ones first."""
+    multi = ROOT / "ppo_multiagent.py"
+    small = ["--num-minibatches", 64, "--checkpoint-every", 10**9]
+    for flag in ("--cuda", "--no-cuda"):
+        moves = ["--algorithm", "selfplay", "--num-envs", 4096, *small, "--total-timesteps", 4096 * 64 * 8]
+        yield f"self-play, {flag}", 4096, [multi, *moves, flag, "--compile"]
+        yield f"MAPPO, {flag}", 1024, [multi, "--num-envs", 1024, "--total-timesteps", 25600 * 10, flag, "--compile"]
+    for N in (64, 16, 1, 8):
+        sizes = ["--env-id", args.env_id, "--num-envs", N, "--num-steps", 2048 // N]
+        for name in ("ppo_clip", "trpo_continuous"):
+            for flag in ("--cuda", "--no-cuda"):
+                steps = ["--total-timesteps", 2048 * (15 if N == 1 else 40), "--num-workers", min(N, 16)]
+                yield f"{name}, {flag}", N, [ROOT / f"{name}.py", *sizes, *steps, "--compile", flag]
         if importlib.util.find_spec("stable_baselines3"):
             for device in ("cuda", "cpu"):
-                rows[f"Stable-Baselines3 PPO, {device}"] = [ROOT / "benchmark/sb3.py", "ppo", *sizes, *steps]
-                rows[f"Stable-Baselines3 PPO, {device}"] += ["--device", device]
-        for label, command in rows.items():
-            with tempfile.TemporaryDirectory() as folder:
-                out = ["--csv", f"{folder}/progress.csv"] if "sb3" in str(command[0]) else ["--run-dir", folder]
-                command = [sys.executable, *map(str, command), *out]
-                run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-                if run.returncode:
-                    print(f"| {label}, N = {num_envs} | failed: {run.stderr.strip().splitlines()[-1]} |", flush=True)
-                    continue
-                with open(f"{folder}/progress.csv") as file:
-                    table = list(csv.DictReader(file))
-            sps = statistics.median(float(row["sps"]) for row in table[3:])
-            first = float(table[0]["wall_time"])
-            print(f"| {label}, N = {num_envs} | {sps:.0f} steps/s, first iteration after {first:.1f} s |", flush=True)
+                sb3 = [ROOT / "benchmark/sb3.py", "ppo", *sizes, "--total-timesteps", 2048 * 6, "--device", device]
+                yield f"Stable-Baselines3 PPO, {device}", N, sb3
+    for flag in ("--cuda", "--no-cuda"):
+        large = ["--num-envs", 64, "--num-steps", 128, "--num-minibatches", 8, "--num-workers", 16]
+        command = [ROOT / "ppo_clip.py", "--env-id", args.env_id, *large, "--total-timesteps", 8192 * 15, "--compile"]
+        yield f"ppo_clip, minibatches of 1024, {flag}", 64, [*command, flag]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env-id", default="Hopper-v4")
+    parser.add_argument("--seconds", type=float, default=290, help="no row is started after this")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     args = parser.parse_args()
+    start = time.time()
     if not torch.cuda.is_available():
         sys.exit("gpu_speed.py: torch finds no CUDA device here")
+    torch.set_num_threads(1)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
-    print(f"| {torch.cuda.get_device_name()}, {versions} | |\n| --- | --- |")
-    device = torch.device("cuda")
-    minibatch_rows(device)
-    trpo_rows(device)
-    run_rows(args)
+    cores = len(os.sched_getaffinity(0))
+    print(f"| {torch.cuda.get_device_name()}, {cores} cores, {versions} | |\n| --- | --- |", flush=True)
+    rows = [lambda mode=mode: minibatch_row(mode, 64, 2048) for mode in ("eager", "compiled", "captured")]
+    for M, B in ((64, 2048), (1024, 8192)):
+        rows += [lambda m=mode, M=M, B=B: minibatch_row(m, M, B) for mode in ("compiled and captured", "CPU, compiled")]
+    rows += [lambda device=device: trpo_row(device) for device in ("cuda", "cpu")]
+    for row in rows if not args.only else ():
+        if time.time() - start < args.seconds:
+            print(row(), flush=True)
+    best = 0, None
+    for name, N, command in contenders(args):
+        if time.time() - start > args.seconds:
+            print(f"| {name}, N = {N} | not started: the time is up |", flush=True)
+            continue
+        if args.only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "progress.csv"
+            out = ["--csv", path] if "sb3" in str(command[0]) else ["--run-dir", folder]
+            try:
+                sps, first = run_of([sys.executable, *command, *out], path, limit=60)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                print(f"| {name}, N = {N} | failed: {error} |", flush=True)
+                continue
+        print(f"| {name}, N = {N} | {sps:.0f} steps/s, first iteration after {first:.1f} s |", flush=True)
+        if command[0].name == "ppo_clip.py":
+            best = max(best, (sps, " ".join(map(str, [command[0].name, *command[1:]]))))
+    if best[1]:
+        print(f"the fastest of ppo_clip.py, {best[0]:.0f} steps/s: python {best[1]}", flush=True)
 
 
 if __name__ == "__main__":
