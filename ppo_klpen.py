@@ -703,7 +703,8 @@ class CudaGraph:
 
     Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
     records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and none of the Python runs any more: what changes from call to call must be in tensors."""
+    back, and none of the Python runs any more: what changes from call to call must be in tensors. What the function
+    returns is then always the same tensors, with new numbers in them."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
@@ -714,13 +715,14 @@ class CudaGraph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.function()
+                self.result = self.function()
             torch.cuda.current_stream().wait_stream(stream)
-            return
+            return self.result
         if self.calls == 3:
             with torch.cuda.graph(self.graph):  # records, does not run
-                self.function()
+                self.result = self.function()
         self.graph.replay()
+        return self.result
 
 
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------

@@ -390,12 +390,13 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
 
     Each step goes along p as far as is best. The directions are conjugate, p'Fq = 0, so a later step never spoils what
     an earlier one has gained, and a few steps do where F has thousands of rows. It ends at |r|^2 <= tolerance |b|^2,
-    relative to b, so that the answer scales with b, and is 0 for b = 0."""
+    relative to b, so that the answer scales with b, and is 0 for b = 0. With tolerance None it never looks at a number,
+    which a CUDA graph could not: all steps are made."""
     x, r, p = torch.zeros_like(b), b, b
     rr = r @ r
-    stop = tolerance * rr
+    stop = None if tolerance is None else tolerance * rr
     for _ in range(iters):
-        if rr <= stop:
+        if stop is not None and rr <= stop:
             break
         Fp = product(p)
         alpha = rr / (p @ Fp)
@@ -405,14 +406,23 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
     return x, r
 
 
-def line_search(theta, step, look, accept, coeff, iters):
+def natural_gradient(agent, theta, data, args):
+    """The direction of the step: x = F^-1 g (K,). Returns the surrogate at theta, its gradient g, x, and g - F x."""
+    g, surrogate = torch.func.grad_and_value(lambda theta: surrogate_and_kl(agent, theta, data)[0])(theta)
+    # The states of k consecutive steps resemble each other, so F can do with one of them.
+    obs = data["obs"].unflatten(0, (-1, args.num_envs))[:: args.fvp_subsample].flatten(0, 1)
+    product, tolerance = fisher_product(agent, theta, obs, args.cg_damping), None if args.cuda else 1e-10
+    return surrogate, g, *conjugate_gradient(product, g, args.cg_iters, tolerance)
+
+
+def line_search(theta, step, measure, accept, coeff, iters):
     """The first of theta + step, theta + c step, theta + c^2 step, ... that is accepted, or theta itself (App. C).
 
-    look(theta) gives numbers by name, accept(numbers) a bool. Returns the new theta (K,), its numbers (zeros if it is
-    the old one), and the candidate's place in the row (-1: none)."""
+    measure(theta) gives numbers by name, accept(numbers) a bool. Returns the new theta (K,), its numbers (zeros if it
+    is the old one), and the candidate's place in the row (-1: none)."""
     for j in range(iters):
         candidate = theta + coeff**j * step
-        numbers = look(candidate)
+        numbers = measure(candidate)
         if accept(numbers):
             break
     else:
@@ -420,11 +430,11 @@ def line_search(theta, step, look, accept, coeff, iters):
     return candidate, numbers, j
 
 
-def scaled_to_max_kl(agent, theta, step, data, max_kl):
+def scaled_to_max_kl(look, theta, step, max_kl):
     """The step at the length at which the largest KL of the batch's states is max_kl, less a hair, lest rounding cost a
     whole factor of the line search. The KL grows about with the square of a step, so two looks tell the scale."""
     for _ in range(2):
-        step = step * (max_kl / surrogate_and_kl(agent, theta + step, data)[1].max()).sqrt()
+        step = step * (max_kl / look(theta + step)[1].max()).sqrt()
     return 0.99 * step
 
 
@@ -436,43 +446,57 @@ def acceptable(numbers, beta, args):
     return 0 < numbers["improvement"] < math.inf and kl <= args.max_kl
 
 
+def functions_of_theta(agent, data, args):
+    """What a step asks the network: solve(theta), see natural_gradient, and look(theta), see surrogate_and_kl. Each is
+    one launch on a GPU, which would else wait for Python: 36 ms a step on an H100."""
+
+    def solve(theta):
+        return natural_gradient(agent, theta, data, args)
+
+    def look(theta):
+        return surrogate_and_kl(agent, theta, data)
+
+    theta = parameters_to_vector(policy_part(agent).values()).detach()
+    return (recorded(solve, theta), recorded(look, theta)) if args.cuda else (solve, look)
+
+
 @torch.no_grad()
-def policy_step(agent, data, beta, args):
-    """One step of TRPO on the whole batch (its section 6 and App. C). Moves the agent's policy.
+def policy_step(agent, solve, look, beta, args):
+    """One step of TRPO on the whole batch (its section 6 and App. C). Moves the agent's policy. solve and look: see
+    functions_of_theta.
 
     Returns numbers by name. Of the step that was taken, and 0 if none was: kl and kl_max, the mean and the maximum over
     states of KL(old||new); improvement of the surrogate, expected_improvement g's, and improvement_ratio, the one over
     the other; step_norm. And gradient_norm |g|; cg_residual |g - F x| / |g|; line_search_step, the candidate that was
     taken (-1: none); beta and beta_star."""
+    # The direction.
     theta = parameters_to_vector(policy_part(agent).values())  # (K,)
-    g, old_surrogate = torch.func.grad_and_value(lambda theta: surrogate_and_kl(agent, theta, data)[0])(theta)
-
-    # The direction: x = F^-1 g. The states of k consecutive steps resemble each other, so F can do with one of them.
-    obs = data["obs"].unflatten(0, (-1, args.num_envs))[:: args.fvp_subsample].flatten(0, 1)
-    x, residual = conjugate_gradient(fisher_product(agent, theta, obs, args.cg_damping), g, args.cg_iters)
+    old_surrogate, g, x, residual = solve(theta)
 
     # The length. x'Fx = x'(g - residual). Without a gradient it is 0, and the step nan, which is never acceptable.
     beta_star = (x @ (g - residual) / (2 * args.max_kl)).sqrt()
     step = x / (beta if args.form == "penalized" else beta_star)
     if args.form == "constrained" and args.kl_constraint == "max":
-        step = scaled_to_max_kl(agent, theta, step, data, args.max_kl)
+        step = scaled_to_max_kl(look, theta, step, args.max_kl)
 
     # The line search.
-    def look(theta):
-        surrogate, kl = surrogate_and_kl(agent, theta, data)
-        return {"kl": kl.mean().item(), "kl_max": kl.max().item(), "improvement": (surrogate - old_surrogate).item()}
+    def measure(theta):
+        surrogate, kl = look(theta)
+        numbers = torch.stack([kl.mean(), kl.max(), surrogate - old_surrogate]).tolist()
+        return dict(zip(("kl", "kl_max", "improvement"), numbers))
 
     def accept(numbers):
         return acceptable(numbers, beta, args)
 
-    new_theta, report, j = line_search(theta, step, look, accept, args.backtrack_coeff, args.backtrack_iters)
+    new_theta, report, j = line_search(theta, step, measure, accept, args.backtrack_coeff, args.backtrack_iters)
     vector_to_parameters(new_theta, policy_part(agent).values())
 
-    expected, gradient_norm = (g @ (new_theta - theta)).item(), g.norm().item()
+    moved = new_theta - theta
+    numbers = torch.stack([g @ moved, moved.norm(), g.norm(), residual.norm(), beta_star]).tolist()
+    expected, step_norm, gradient_norm, residual_norm, beta_star = numbers
     report |= {"expected_improvement": expected, "improvement_ratio": report["improvement"] / (expected or 1.0)}
-    report |= {"line_search_step": j, "step_norm": (new_theta - theta).norm().item(), "gradient_norm": gradient_norm}
-    report |= {"cg_residual": residual.norm().item() / (gradient_norm or 1.0)}
-    return report | {"beta": beta, "beta_star": beta_star.item()}
+    report |= {"line_search_step": j, "step_norm": step_norm, "gradient_norm": gradient_norm}
+    return report | {"cg_residual": residual_norm / (gradient_norm or 1.0), "beta": beta, "beta_star": beta_star}
 
 
 def adapted_beta(beta, kl, target):
@@ -530,7 +554,7 @@ def train(args: Args) -> dict:
     actors = Actors(args, agent)
     agent.to(device)
 
-    # What the critic's update reads stays in one place and is overwritten there, as a CUDA graph demands. Its learning
+    # What the updates read stays in one place and is overwritten there, as a CUDA graph demands. The critic's learning
     # rate is a tensor, too: a mutation by the PBT launcher does not make the compiler start again.
     B = args.num_steps * args.num_envs
     data = make_batch(agent, actors.rollout, args.gamma, args.gae_lambda)  # of an empty rollout: this sets the shapes
@@ -538,6 +562,7 @@ def train(args: Args) -> dict:
     state = initial_state(agent.critic, 2)
     operands = {key: data[key] for key in ("obs", "return")}, order, torch.tensor(args.vf_learning_rate, device=device)
     run_epoch = accelerated(args, epoch_of_critic_updates, critic_update, agent.critic, state, *operands)
+    solve, look = functions_of_theta(agent, data, args)
     global_step, beta = run.restore(agent, state, actors), args.beta
     if args.beta_schedule == "adaptive":
         beta = run.adapted("beta", "beta")
@@ -567,7 +592,7 @@ def train(args: Args) -> dict:
                 advantage.copy_((advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8))
 
             # ---- policy: one natural-gradient step with a line search ------------------------------------------------
-            report = policy_step(agent, data, beta, args)
+            report = policy_step(agent, solve, look, beta, args)
             if args.beta_schedule == "adaptive":  # NOTE: a step that was refused was too long, though its KL reads 0
                 beta = adapted_beta(beta, report["kl"] or math.inf, args.max_kl)
 
@@ -830,7 +855,8 @@ class CudaGraph:
 
     Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
     records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and none of the Python runs any more: what changes from call to call must be in tensors."""
+    back, and none of the Python runs any more: what changes from call to call must be in tensors. What the function
+    returns is then always the same tensors, with new numbers in them."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
@@ -841,13 +867,27 @@ class CudaGraph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.function()
+                self.result = self.function()
             torch.cuda.current_stream().wait_stream(stream)
-            return
+            return self.result
         if self.calls == 3:
             with torch.cuda.graph(self.graph):  # records, does not run
-                self.function()
+                self.result = self.function()
         self.graph.replay()
+        return self.result
+
+
+def recorded(function, *examples):
+    """function(*tensors) as a CUDA graph, which reads its arguments where the first ones were copied to."""
+    places = [x.clone() for x in examples]
+    graph = CudaGraph(lambda: function(*places))
+
+    def play(*tensors):
+        for place, x in zip(places, tensors):
+            place.copy_(x)
+        return graph()
+
+    return play
 
 
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------

@@ -84,12 +84,13 @@ def trpo_row(device):
     import trpo_continuous as script
 
     agent = hopper_agent(script, device)
-    data, args = batch_on(script, agent, device), script.Args()
+    data, args = batch_on(script, agent, device), script.Args(cuda=device == "cuda")
+    functions = script.functions_of_theta(agent, data, args)
     before = {key: x.clone() for key, x in agent.state_dict().items()}
 
     def step():
         agent.load_state_dict(before)  # always from the same place
-        script.policy_step(agent, data, args.beta, args)
+        script.policy_step(agent, *functions, args.beta, args)
 
     for _ in range(4):
         step()

@@ -55,7 +55,8 @@ def vector(agent):
 
 
 def update(agent, data, beta=1.0, max_kl=0.01, **flags):
-    return trpo.policy_step(agent, data, beta, trpo.Args(max_kl=max_kl, **flags))
+    args = trpo.Args(max_kl=max_kl, **flags)
+    return trpo.policy_step(agent, *trpo.functions_of_theta(agent, data, args), beta, args)
 
 
 def surrogate_and_kl(agent, data, theta=None):
