@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 from batches import make_agent, make_batch, make_coef
-from conftest import CONTRACT, HOUSE
+from conftest import CONTRACT
 from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +20,9 @@ FLAGS = {
     "ppo_clip": ["--env-id", "CartPole-v1", "--update-epochs", "3"],
     "ppo_klpen": ["--env-id", "Pendulum-v1", "--update-epochs", "3", "--kl-target", "0.0001"],
     "ppo_multiagent": ["--update-epochs", "3", "--num-envs", "8"],
+    "ppo_multiagent selfplay": ["--algorithm", "selfplay", "--num-envs", "8", "--snapshot-every", "1"],
 }
+RUNS = [name for name in FLAGS if name.split()[0] in CONTRACT]
 
 
 class Tape(TorchDispatchMode):
@@ -33,7 +35,11 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        assert "rand" not in str(function) and "_local_scalar_dense" not in str(function), f"{function} in a graph"
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # for a size or a value
+        assert not any(x in str(function) for x in ("rand", "exponential", *waits)), f"{function} in a graph"
+        if str(function).startswith("aten.index"):  # x[mask] must first be counted
+            indices = [x for x in args[1] if x is not None] if isinstance(args[1], list) else []
+            assert all(x.dtype != torch.bool for x in indices), f"{function} with a mask in a graph"
         self.notes.append((function, args, kwargs or {}, out))
         return out
 
@@ -61,38 +67,48 @@ def final_state(script, path):
     return state["agent"], state["adam"], rows
 
 
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 def test_replayed_operations_are_the_run(name, tmp_path, monkeypatch):
-    """No number that changes is baked into the updates, what they read and write never moves, nothing in them is
-    random or waits for the device: rates and beta change all the time, and the replayed run is the same to a bit."""
-    script, tapes = importlib.import_module(name), []
+    """No number that changes is baked into the graphs, what they read and write never moves, nothing in them is random
+    or waits for the device: rates and beta change all the time, and the replayed run is the same to a bit. The same
+    holds for the rollouts of built-in worlds."""
+    script, tapes, flags = importlib.import_module(name.split()[0]), [], [*SMALL, *FLAGS[name]]
+    for function in ("accelerated", "recorded", "functions_of_theta"):  # as they are with --cuda, but for the device
+        if original := getattr(script, function, None):
+
+            def on_a_gpu(*operands, original=original):
+                with_cuda = lambda x: dataclasses.replace(x, cuda=True) if isinstance(x, script.Args) else x  # noqa: E731
+                return original(*map(with_cuda, operands))
+
+            monkeypatch.setattr(script, function, on_a_gpu)
 
     def tape(function):
         tapes.append(Tape(function))
         return tapes[-1]
 
-    if name in HOUSE:  # as it is with --cuda, but for the device; in the first run without the recording
-        accelerated = script.accelerated
-        as_on_a_gpu = lambda args, *operands: accelerated(dataclasses.replace(args, cuda=True), *operands)  # noqa: E731
-        monkeypatch.setattr(script, "accelerated", as_on_a_gpu)
-        monkeypatch.setattr(script, "CudaGraph", lambda function: function)
-    if name == "trpo_continuous":
-        functions = script.functions_of_theta
-        on_a_gpu = lambda agent, data, args: functions(agent, data, dataclasses.replace(args, cuda=True))  # noqa: E731
-        monkeypatch.setattr(script, "functions_of_theta", on_a_gpu)
-    flags = [*SMALL, *FLAGS[name]]
+    monkeypatch.setattr(script, "CudaGraph", lambda function: function)  # the same without the recording
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "run")]))
-    if name in HOUSE:
-        monkeypatch.setattr(script, "CudaGraph", tape)
-    else:
-        monkeypatch.setattr(script, "graphed", lambda function, device: tape(function))
+    monkeypatch.setattr(script, "CudaGraph", tape)
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "replayed")]))
+    assert len(tapes) == {"trpo_continuous": 3, "ppo_multiagent": 2}.get(name.split()[0], 1)
     assert all(tape.calls >= 8 and len(tape.notes) > 20 for tape in tapes)
-    assert len(tapes) == (3 if name == "trpo_continuous" else 1)
     (agent, adam, rows), (agent2, adam2, rows2) = (final_state(script, tmp_path / x) for x in ("run", "replayed"))
     assert rows == rows2
     assert all(torch.equal(x, agent2[key]) for key, x in agent.items())
     assert all(torch.equal(x, adam2[key]) for key, x in adam.items())
+
+
+def test_the_tape_notices_what_a_graph_must_not_do():
+    x, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+
+    def put():
+        x[mask] = 0.0
+
+    for function in (lambda: x[mask], put, lambda: x.sum().item(), lambda: mask.nonzero(), lambda: torch.rand(3)):
+        tape = Tape(function)
+        tape(), tape()
+        with pytest.raises(AssertionError, match="in a graph"):
+            tape()
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
@@ -108,18 +124,21 @@ def relative_error(x, reference):
 
 @gpu
 @both
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 def test_gpu_equals_cpu_after_one_iteration(name, mode, tmp_path):
-    """From the same data, in eight epochs, of which the graph replays six, to 1e-4 of each tensor's size."""
-    script = importlib.import_module(name)
+    """From the same data, in eight epochs, of which the graph replays six: all parameters together to 2e-5 of their
+    size, which is some 1e-3 of the way that they have gone. (A single bias that hardly has a gradient may differ by
+    more: Adam divides by the gradient's size.)"""
+    script = importlib.import_module(name.split()[0])
     agents = []
     for device in ("--no-cuda", "--cuda"):
         epochs = "--vf-epochs" if name == "trpo_continuous" else "--update-epochs"
         flags = [*SMALL, *FLAGS[name], epochs, "8", mode, device, "--stop-at-step", "1"]
         script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / device)]))
         agents.append(script.load_checkpoint(tmp_path / device)["agent"])
-    errors = {key: relative_error(agents[1][key], x) for key, x in agents[0].items()}
-    assert max(errors.values()) < 1e-4, errors
+    cpu, gpu = ([x for key, x in agent.items() if "rms" not in key] for agent in agents)
+    assert relative_error(parameters_to_vector(gpu), parameters_to_vector(cpu)) < 2e-5
+    assert all(relative_error(agents[1][key], x) < 1e-4 for key, x in agents[0].items() if "rms" in key)
 
 
 def epochs_on(script, device, compile, epochs=9):
@@ -144,7 +163,7 @@ def epochs_on(script, device, compile, epochs=9):
 @both
 @pytest.mark.parametrize("name", ["ppo_clip", "ppo_klpen"])
 def test_replayed_epochs_see_new_batches_and_rates(name, mode):
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.split()[0])
     cpu, cuda = epochs_on(script, "cpu", False), epochs_on(script, "cuda", mode == "--compile")
     assert all(relative_error(cuda[key], x) < 1e-4 for key, x in cpu.items())
 
@@ -173,9 +192,9 @@ def test_policy_step_of_trpo_equals_the_cpus():
 
 
 @gpu
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 def test_schedules_are_seen_by_the_graph_and_a_run_resumes(name, tmp_path):
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.split()[0])
     flags = [*SMALL, *FLAGS[name], "--cuda"]
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "whole")]))
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "parts"), "--stop-at-step", "1024"]))
@@ -190,10 +209,10 @@ def test_schedules_are_seen_by_the_graph_and_a_run_resumes(name, tmp_path):
 
 @gpu
 @both
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 def test_no_sync_inside_an_epoch(name, mode, tmp_path, monkeypatch):
     """After the first call, in which the compiler may look at the device."""
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.split()[0])
     replays = []
 
     class Strict(script.CudaGraph):
