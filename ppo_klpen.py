@@ -538,6 +538,11 @@ def make_env(env_id, **kwargs):
         if "mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):
             quiet_mujoco()
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if "render_mode" in kwargs and hasattr(env.unwrapped, "mujoco_renderer"):
+            from mujoco import mj_name2id, mjtObj
+
+            camera = mj_name2id(env.unwrapped.model, mjtObj.mjOBJ_CAMERA, "track")  # -1, a fixed one, if there is none
+            env.unwrapped.mujoco_renderer.camera_id = camera  # else a body that walks leaves the picture
     shape, space = env.observation_space.shape, env.action_space
     if shape is not None and len(shape) > 1:
         raise UserError(f"{env_id} has observations of shape {shape}; this script is for vectors, not for images")

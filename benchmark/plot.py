@@ -1,13 +1,16 @@
 """Tables and figures from the stored data alone, in seconds.
 
-    python benchmark/plot.py ppo-table1     # a study of reproduce.py: its table (STUDY.md) and figure (STUDY.png)
-    python benchmark/plot.py klpen-beta     # the README's picture of KL and beta
-    python benchmark/plot.py notes          # the notes' three figures, by the scripts' own functions (a minute)
+    python benchmark/plot.py v4                 # a study of reproduce.py: its table (STUDY.md) and figure (STUDY.png)
+    python benchmark/plot.py learning-curves    # the figure of the first page
+    python benchmark/plot.py klpen-beta         # KL and beta of ppo_klpen.py over a run
+    python benchmark/plot.py notes              # one TRPO step, by the scripts' own functions (a minute)
+    python benchmark/plot.py film RUN RUN RUN   # the looping picture of the first page, from three run folders
 
 The interval in ppo-table1's table needs scipy: pip install -r benchmark/requirements.txt
 """
 
 import csv
+import gzip
 import importlib
 import statistics
 import sys
@@ -20,7 +23,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmark/results"
+RESULTS, IMAGES = ROOT / "benchmark/results", ROOT / "docs/images"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from reproduce import STUDIES, read  # noqa: E402
 
@@ -107,6 +110,22 @@ def table(study, results):
     return "\n".join(lines)
 
 
+def fresh_table(study, results):
+    """Beside the last training episodes: fresh ones of the finished policy, mean ± standard deviation over seeds."""
+    rows = list(csv.DictReader((results / f"{study}.fresh.csv").read_text().splitlines()))
+    envs = [env for env in STUDIES[study].envs if any(row["env"] == env for row in rows)]
+    lines = [f"| 50 fresh episodes | {' | '.join(envs)} |", f"| --- |{' ---: |' * len(envs)}"]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        for measure, name in (("mean_action", "the mean action"), ("sampled", "sampled actions")):
+            cells = [f"{setting}, {name}"]
+            for env in envs:
+                x = [float(row[measure]) for row in rows if (row["setting"], row["env"]) == (setting, env)]
+                spread = f" ± {statistics.stdev(x):.0f}" if len(x) > 1 else ""
+                cells.append(f"{statistics.fmean(x):.0f}{spread} ({len(x)})" if x else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 LABELS = {
     "episodic_return": "return, mean of the last 100 episodes",
     "kl": "KL(old||new) of an iteration, nats",
@@ -156,35 +175,87 @@ def curves(study, results):
 # ---- single pictures -------------------------------------------------------------------------------------------------
 
 
-def columns(path):
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
-    return {key: [float(row[key]) for row in rows] for key in rows[0]}
-
-
 def klpen_beta():
-    """d and beta over one run of ppo_klpen.py with a constant and one with a linear learning rate."""
+    """KL and beta over one run of ppo_klpen.py on Hopper-v4 with a constant and one with a linear learning rate."""
+    runs = {}
+    with gzip.open(RESULTS / "klpen-beta.csv.gz", "rt") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault(row["run"], []).append([float(row[key]) for key in ("step", "kl", "beta")])
     figure, axes = plt.subplots(2, 2, figsize=(10, 4.5), sharex=True, sharey="row")
-    runs = {"ppo_klpen_constant_lr/Hopper-v4__11": "seed 11, --lr-schedule constant"}
-    runs |= {"ppo_klpen/Hopper-v4__1": "seed 1, --lr-schedule linear (default)"}
-    for (name, title), (top, bottom) in zip(runs.items(), axes.T, strict=True):
-        run = columns(RESULTS / f"{name}.csv")
-        top.axhspan(0.01 / 1.5, 0.01 * 1.5, color="0.85", label="d_target / 1.5 ... 1.5 d_target")
-        top.plot(run["global_step"], run["kl"], ".", markersize=2, label="d, KL(old||new) of an iteration")
-        top.set(yscale="log", ylim=(1e-4, 1e-1), title=f"Hopper-v4, {title}")
-        bottom.step(run["global_step"], run["beta"], where="post")
+    for name, (top, bottom) in zip(("constant, seed 11", "linear, seed 1"), axes.T, strict=True):
+        step, kl, beta = np.array(runs[name]).T
+        top.axhspan(0.01 / 1.5, 0.01 * 1.5, color="0.85", label="the band: target / 1.5 to 1.5 target")
+        top.plot(step, kl, ".", markersize=2, label="KL(old||new) of an iteration")
+        top.set(yscale="log", ylim=(1e-4, 1e-1), title=f"learning rate: {name}")
+        bottom.step(step, beta, where="post")
         bottom.set(yscale="log", xlabel="environment steps")
     axes[0, 0].set_ylabel("nats")
     axes[0, 0].legend(loc="lower left", fontsize=8)
     axes[1, 0].set_ylabel("beta")
     figure.tight_layout()
-    figure.savefig(RESULTS / "klpen_beta.png", dpi=110)
-    print("median d over a run's second half, last entropy:")
-    for study in ("ppo_klpen_constant_lr", "ppo_klpen", "ppo_clip"):
-        for path in sorted((RESULTS / study).glob("Hopper-v4__*.csv")):
-            run = columns(path)
-            middle = statistics.median(run["kl"][len(run["kl"]) // 2 :])
-            print(f"{study} {path.stem}: {middle:.4f} {run['entropy'][-1]:.2f}")
+    figure.savefig(IMAGES / "klpen_beta.png", dpi=110)
+    for name, rows in runs.items():
+        print(
+            f"{name}: median KL over the run's second half {np.median([kl for _, kl, _ in rows[len(rows) // 2 :]]):.4f}"
+        )
+
+
+def learning_curves():
+    """The first page's figure: the three scripts and Stable-Baselines3's PPO, mean and standard error over seeds. The
+    marks at the right edge are where the PPO paper's curves end."""
+    runs = read("v4", RESULTS) | read("v4-baselines", RESULTS)
+    lines = {"ppo_clip.py": "C0", "ppo_klpen.py": "C1", "trpo_continuous.py": "C2", "Stable-Baselines3 PPO": "0.5"}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
+    steps = np.linspace(0, 1e6, 101)
+    for axis, env in zip(axes, STUDIES["v4"].envs, strict=True):
+        for setting, colour in lines.items():
+            series = [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]
+            y = np.array(
+                [np.interp(steps, *np.array([(r["step"], r["episodic_return"]) for r in x], float).T) for x in series]
+            )
+            mean, error = y.mean(0), y.std(0, ddof=1) / np.sqrt(len(y))
+            style = {"color": colour, "ls": "--" if colour == "0.5" else "-"}
+            axis.plot(steps, mean, **style, label=f"{setting} ({len(y)} seeds)" if env == "Hopper-v4" else None)
+            axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
+        for setting, colour in (("PPO (clip)", "C0"), ("TRPO", "C2")):
+            label = f"end of the paper's {setting.split()[0]}" if env == "Hopper-v4" else None
+            axis.plot(1.03e6, FIGURE3[setting][env], "<", color=colour, clip_on=False, label=label)
+        axis.set(title=env, xlim=(0, 1.05e6), xticks=(0, 5e5, 1e6), xticklabels=("0", "500k", "1M"), ylim=(-300, None))
+    axes[0].set_ylabel("return of the last 100 episodes")
+    axes[1].set_xlabel("environment steps")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, [label.replace(" (10 seeds)", "") for label in labels], loc="outside lower center", ncols=3, fontsize=8
+    )
+    figure.savefig(IMAGES / "learning.png", dpi=110)
+
+
+def film(*folders):
+    """A looping picture of trained policies, side by side: run folders, one policy each. Needs MUJOCO_GL=egl or osmesa
+    where there is no display."""
+    import torch
+    from PIL import Image
+
+    strips = []
+    for folder in map(Path, folders):
+        script = importlib.import_module(next(folder.glob("*.py")).stem)
+        checkpoint = script.load_checkpoint(folder)
+        env = script.make_env(checkpoint["args"]["env_id"], render_mode="rgb_array", width=200, height=200)
+        agent = script.Agent(env.observation_space.shape[0], env.action_space)
+        script.load_weights(agent, checkpoint)
+        (obs, _), frames, every = env.reset(seed=1), [], max(1, round(1 / 30 / env.unwrapped.dt))
+        for t in range(100 * every):
+            with torch.no_grad():
+                action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], 0.0).numpy()
+            obs, _, terminated, truncated, _ = env.step(script.env_action(action, env.action_space)[0])
+            if t % every == 0:
+                frames.append(env.render())
+            if terminated or truncated:
+                obs, _ = env.reset()
+        env.close()
+        strips.append(frames)
+    pictures = [Image.fromarray(np.concatenate(frames, 1)).quantize(48) for frames in zip(*strips, strict=True)]
+    pictures[0].save(IMAGES / "trained.gif", save_all=True, append_images=pictures[1:], duration=33, loop=0)
 
 
 def notes():
@@ -260,19 +331,22 @@ def notes():
     for axis in (middle, right):
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "notes.png", dpi=100)
+    figure.savefig(IMAGES / "notes.png", dpi=100)
 
 
 def main():
-    names = {"klpen-beta": klpen_beta, "notes": notes}
-    if len(sys.argv) != 2 or sys.argv[1] not in {*names, *STUDIES}:
-        sys.exit(f"usage: python benchmark/plot.py [{' | '.join([*names, *STUDIES])}]")
-    if sys.argv[1] in names:
-        names[sys.argv[1]]()
+    names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film}
+    name, *folders = sys.argv[1:] or [None]
+    if name not in {*names, *STUDIES} or bool(folders) != (name == "film"):
+        sys.exit(f"usage: python benchmark/plot.py [{' | '.join([*names, *STUDIES])}], film with run folders")
+    if name in names:
+        names[name](*folders)
         return
-    text = table(sys.argv[1], RESULTS)
-    (RESULTS / f"{sys.argv[1]}.md").write_text(text + "\n")
-    curves(sys.argv[1], RESULTS)
+    text = table(name, RESULTS)
+    (RESULTS / f"{name}.md").write_text(text + "\n")
+    if (RESULTS / f"{name}.fresh.csv").exists():
+        (RESULTS / f"{name}.fresh.md").write_text(fresh_table(name, RESULTS) + "\n")
+    curves(name, RESULTS)
     print(text)
 
 

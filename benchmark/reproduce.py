@@ -1,20 +1,24 @@
-"""Grids of runs that reproduce a paper's table or figure: the scripts as they are, one run per core.
+"""What is learned: studies of many runs, such as a paper's table or figure. The scripts as they are, one run per core.
 
     python benchmark/reproduce.py --list                   # the studies, how many runs, roughly how long
-    python benchmark/reproduce.py ppo-table1 --workers 2   # resumable at any moment
+    python benchmark/reproduce.py ppo-table1 --workers 2   # runs what is missing; it can be stopped at any moment
+    python benchmark/reproduce.py v4 --fresh               # evaluates finished runs: STUDY.fresh.csv
     python benchmark/plot.py ppo-table1                    # the table and the figure, from the stored data
 
-A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv gets a run's
+A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv.gz gets a run's
 rows (about 100 points) when it is done: script, setting, env, seed, step, episodic_return, kl, learning_rate.
-STUDY.json says with which versions and on which machine. What is in the csv is never run again, so a study can be
-carried from machine to machine; nor is a run that another study, or learning.py, has already stored: it is copied.
+STUDY.json says with which versions and on which machine. What is stored is never run again, so a study can be carried
+from machine to machine; nor is a run that another study has already stored: it is copied. Runs of Stable-Baselines3
+and sb3-contrib need the virtual environment that benchmark/speed.py makes (.venv-sb3).
 """
 
 import argparse
 import csv
 import dataclasses
 import datetime
+import gzip
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -25,13 +29,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import learning
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 COLUMNS = ("script", "setting", "env", "seed", "step", "episodic_return", "kl", "learning_rate")
 SEVEN = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
 SEVEN = tuple(f"{name}-v4" for name in SEVEN)
+MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
 STEPS_PER_SECOND = 6000  # of one core, roughly
 
 
@@ -69,6 +74,11 @@ def trpo(name, *flags):
     return Setting(name, "trpo_continuous.py", flags)
 
 
+def sb3(name, *flags):
+    """flags: the algorithm, then benchmark/sb3.py's flags."""
+    return Setting(name, "benchmark/sb3.py", flags)
+
+
 # Flags that are defaults are left out: so the same run in two studies has the same command, and is run once.
 TABLE1 = [clip("no clipping or penalty", "--clip-coef", "inf")]
 TABLE1 += [clip(f"clipping, eps = {eps}", *(("--clip-coef", eps) if eps != 0.2 else ())) for eps in (0.1, 0.2, 0.3)]
@@ -85,15 +95,25 @@ LR += [clip("kl-adaptive, band 1 (the notes)", *ADAPTIVE, "--kl-lr-band", 1)]
 FORMS = [trpo("constrained, mean KL"), trpo("constrained, max KL 0.2", "--kl-constraint", "max", "--max-kl", 0.2)]
 FORMS += [trpo("penalised, beta = 1.5", "--form", "penalized", "--beta", 1.5)]
 FORMS += [trpo("penalised, adaptive beta", "--form", "penalized", "--beta-schedule", "adaptive")]
+V4 = [clip("ppo_clip.py"), klpen("ppo_klpen.py"), trpo("trpo_continuous.py")]
+BASELINES = [sb3("Stable-Baselines3 PPO", "ppo"), sb3("sb3-contrib TRPO", "trpo")]
+BASELINES += [sb3("sb3-contrib TRPO, gamma 0.995", "trpo", "--gamma", 0.995)]
+FLAGS = [clip("ppo_clip.py --gamma 0.995", "--gamma", 0.995), klpen("ppo_klpen.py --gamma 0.995", "--gamma", 0.995)]
+FLAGS += [clip("ppo_clip.py --num-envs 1 --num-steps 2048", "--num-envs", 1, "--num-steps", 2048)]
+FLAGS += [clip("ppo_clip.py --num-envs 64 --num-steps 32", "--num-envs", 64, "--num-steps", 32)]
+FLAGS += [klpen("ppo_klpen.py --beta-schedule fixed", "--beta-schedule", "fixed")]
+FLAGS += [trpo("trpo_continuous.py --gamma 0.99", "--gamma", 0.99)]
 TERMINAL = Setting("time limit taken as the end", "ppo_clip.py", (), "terminal_envs:{}-terminal-v0")
 
 STUDIES = {
+    "v4": Study("the three scripts with default flags", tuple(V4), MUJOCO, 10),
+    "v4-baselines": Study("Stable-Baselines3 and sb3-contrib, the same work", tuple(BASELINES), MUJOCO, 10),
+    "v4-flags": Study("the same with other flags", tuple(FLAGS), MUJOCO, 5),
+    "cartpole": Study("Discrete actions", (clip("ppo_clip.py"),), ("CartPole-v1",), 5, 200_000),
     "ppo-table1": Study("PPO paper, Table 1: eleven objectives", tuple(TABLE1), SEVEN),
     "figure3": Study("PPO paper, Figure 3: PPO-clip and TRPO", (clip("PPO (clip)"), trpo("TRPO")), SEVEN),
     "trpo-forms": Study("the notes' forms of TRPO", tuple(FORMS), ("Hopper-v4", "Walker2d-v4")),
-    "kl-adaptive-lr": Study(
-        "notes §2.2: learning-rate schedules", tuple(LR), ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
-    ),
+    "kl-adaptive-lr": Study("notes §2.2: learning-rate schedules", tuple(LR), MUJOCO),
     "truncation": Study(
         "bootstrap at time limits, or not", (clip("bootstrapped"), TERMINAL), ("Pendulum-v1", "Reacher-v4"), 5, 300_000
     ),
@@ -105,49 +125,51 @@ STUDIES = {
 
 def read(study, results):
     """{(setting, env, seed): rows} of what is stored; rows are dicts with COLUMNS."""
-    path, runs = results / f"{study}.csv", {}
+    path, runs = results / f"{study}.csv.gz", {}
     if path.exists():
-        with open(path) as file:
+        with gzip.open(path, "rt") as file:
             for row in csv.DictReader(file):
                 runs.setdefault((row["setting"], row["env"], int(row["seed"])), []).append(row)
     return runs
 
 
+def write(study, results, runs):
+    """Replace the file as a whole, with the same bytes for the same runs."""
+    results.mkdir(parents=True, exist_ok=True)
+    temporary = results / f"{study}.tmp"
+    with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+        file = io.TextIOWrapper(packed, newline="")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for key in sorted(runs):
+            writer.writerows(runs[key])
+        file.flush()
+    os.replace(temporary, results / f"{study}.csv.gz")
+
+
+def thinned(setting, env, seed, progress):
+    """About 100 rows of a run, the last one among them."""
+    every = max(1, len(progress) // 100)
+    first = {"script": setting.script, "setting": setting.name, "env": env, "seed": seed}
+    points = [row for i, row in enumerate(progress) if (len(progress) - 1 - i) % every == 0]
+    measured = ("episodic_return", "kl", "learning_rate")
+    return [first | {"step": row["global_step"]} | {key: row.get(key, "") for key in measured} for row in points]
+
+
 def stored_elsewhere(study, results, setting, env, seed, steps):
-    """The rows of the same command (script, flags, environment, seed, steps) that another study or learning.py has
-    stored, or None."""
-    found = []
+    """The rows of the same command (script, flags, environment, seed, steps) that another study has stored, or None."""
     for name, other in STUDIES.items():
         for twin in other.settings:
             if name != study and (twin.script, twin.flags, twin.env) == (setting.script, setting.flags, setting.env):
                 rows = read(name, results).get((twin.name, env, seed), [])
-                found.append([row | {"global_step": row["step"]} for row in rows])
-    for name, (script, _, flags) in learning.STUDIES.items():
-        path = learning.RESULTS / name / f"{env}__{seed}.csv"
-        if (script, tuple(flags), "{}") == (setting.script, setting.flags, setting.env) and path.exists():
-            with open(path) as file:
-                found.append(list(csv.DictReader(file)))
-    last = [(rows, int(rows[-1]["global_step"])) for rows in found if rows]
-    return next((rows for rows, step in last if steps <= step < steps + 8192), None)  # 8192: one iteration, surely
+                if rows and steps <= int(rows[-1]["step"]) < steps + 8192:  # 8192: one iteration, surely
+                    return [row | {"global_step": row["step"]} for row in rows]
+    return None
 
 
 def store(study, results, setting, env, seed, progress):
-    """Append a finished run, thinned to about 100 points, and rewrite the sidecar. The file is replaced as a whole."""
-    runs = read(study, results)
-    every = max(1, len(progress) // 100)
-    points = [row for i, row in enumerate(progress) if (len(progress) - 1 - i) % every == 0]
-    first = {"script": setting.script, "setting": setting.name, "env": env, "seed": seed}
-    measured = ("episodic_return", "kl", "learning_rate")
-    runs[setting.name, env, seed] = [
-        first | {"step": row["global_step"]} | {k: row[k] for k in measured} for row in points
-    ]
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / f"{study}.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for key in sorted(runs):
-            writer.writerows(runs[key])
-    os.replace(results / f"{study}.tmp", results / f"{study}.csv")
+    """Add a finished run, and say with which versions."""
+    write(study, results, read(study, results) | {(setting.name, env, seed): thinned(setting, env, seed, progress)})
     versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")}
     about = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu_name()} | versions
     (results / f"{study}.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -157,6 +179,59 @@ def cpu_name():
     cpuinfo = Path("/proc/cpuinfo")  # Linux
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+# ---- fresh episodes --------------------------------------------------------------------------------------------------
+
+
+def fresh_episodes(script, folder, episodes):
+    """Mean raw return of new episodes of a run's policy, with the mean action and with sampled ones: the last training
+    episodes, the measure of the paper's Table 1, are of policies that were still changing."""
+    import torch
+
+    module, result = importlib.import_module(Path(script).stem), {}
+    checkpoint = module.load_checkpoint(folder)
+    for name, noisy in (("mean_action", False), ("sampled", True)):
+        env = module.make_env(checkpoint["args"]["env_id"])
+        agent, returns, seed = module.Agent(env.observation_space.shape[0], env.action_space), [], 12345
+        module.load_weights(agent, checkpoint)
+        torch.manual_seed(seed)
+        while len(returns) < episodes:
+            (obs, _), done, total, seed = env.reset(seed=seed), False, 0.0, None
+            while not done:
+                with torch.no_grad():
+                    noise = agent.noise(1, 1)[0] if noisy else 0.0
+                    action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
+                obs, reward, terminated, truncated, _ = env.step(module.env_action(action, env.action_space)[0])
+                done, total = terminated or truncated, total + float(reward)
+            returns.append(total)
+        result[name] = sum(returns) / episodes
+    return result
+
+
+def evaluate(name, study, results, folder, episodes=50):
+    """Evaluate the finished runs whose folders are here, and add them to STUDY.fresh.csv."""
+    path = results / f"{name}.fresh.csv"
+    known = {}
+    if path.exists():
+        with open(path) as file:
+            known = {(row["setting"], row["env"], int(row["seed"])): row for row in csv.DictReader(file)}
+    for setting, env, seed in tqdm(study.runs()):
+        run = Run(name, study.steps, folder, setting, env, seed)
+        if (setting.name, env, seed) in known or run.step() < study.steps:
+            continue
+        if setting.script == "benchmark/sb3.py":
+            result = json.loads((run.folder / "fresh.json").read_text())
+        else:
+            result = fresh_episodes(setting.script, run.folder, episodes)
+        known[setting.name, env, seed] = {"setting": setting.name, "env": env, "seed": seed, "episodes": episodes} | {
+            key: f"{x:.1f}" for key, x in result.items()
+        }
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ("setting", "env", "seed", "episodes", "mean_action", "sampled"))
+            writer.writeheader()
+            writer.writerows(known[key] for key in sorted(known))
+    return 0
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -171,6 +246,12 @@ class Run:
         self.folder, self.process = folder / study / name, None
 
     def command(self):
+        if self.setting.script == "benchmark/sb3.py":
+            self.folder.mkdir(parents=True, exist_ok=True)
+            algorithm, *flags = self.setting.flags
+            same = ["--env-id", self.env, "--seed", self.seed, "--total-timesteps", self.steps]
+            program = [ROOT / ".venv-sb3/bin/python", "-W", "ignore", ROOT / self.setting.script, algorithm]
+            return [*program, *same, *flags, "--csv", self.folder / "progress.csv", "--fresh", 50]
         script = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
         if (self.folder / "checkpoint.pt").exists():
             return [*script, "--resume", self.folder]
@@ -179,9 +260,10 @@ class Run:
 
     def start(self):
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmark")}
-        self.process = subprocess.Popen(
-            list(map(str, self.command())), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        command = list(map(str, self.command()))
+        sb3 = self.setting.script == "benchmark/sb3.py"
+        out = open(self.folder / "fresh.json", "w") if sb3 else subprocess.DEVNULL
+        self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.PIPE, text=True)
 
     def progress(self):
         """The rows of progress.csv so far."""
@@ -239,6 +321,7 @@ def reproduce(name, study, workers, results, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=STUDIES)
+    parser.add_argument("--fresh", action="store_true", help="evaluate the finished runs: 50 new episodes, twice")
     parser.add_argument("--list", action="store_true", help="name the studies and stop")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, help="default: the study's")
@@ -256,6 +339,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: the runs are stopped, too
     given = {"seeds": args.seeds, "steps": args.steps, "envs": args.envs and tuple(args.envs)}
     study = dataclasses.replace(STUDIES[args.study], **{key: x for key, x in given.items() if x is not None})
+    if args.fresh:
+        return evaluate(args.study, study, args.results, args.run_dir)
     return 1 if reproduce(args.study, study, args.workers, args.results, args.run_dir) else 0
 
 

@@ -6,11 +6,13 @@ Run it in the virtual environment that benchmark/speed.py makes for it (.venv-sb
     python benchmark/sb3.py trpo --env-id Hopper-v4 --seed 1 --csv progress.csv
 
 It writes `global_step,wall_time,sps,episodes,episodic_return,episodic_length` once per iteration: the first columns of
-our progress.csv, with the same meaning (mean raw return of the last 100 finished episodes).
+our progress.csv, with the same meaning (mean raw return of the last 100 finished episodes). With --fresh K it prints
+one line of JSON at the end: the mean raw return of K fresh episodes with the mean action, and of K with sampled ones.
 """
 
 import argparse
 import csv
+import json
 import time
 
 import torch
@@ -21,6 +23,7 @@ import gymnasium as gym  # noqa: E402
 from sb3_contrib import TRPO  # noqa: E402
 from stable_baselines3 import PPO  # noqa: E402
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
+from stable_baselines3.common.evaluation import evaluate_policy  # noqa: E402
 from stable_baselines3.common.monitor import Monitor  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 
@@ -71,6 +74,7 @@ def main():
     parser.add_argument("--cg-iters", type=int, default=15, help="TRPO's conjugate-gradient iterations")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", required=True)
+    parser.add_argument("--fresh", type=int, default=0, help="episodes to evaluate at the end")
     args = parser.parse_args()
     envs = DummyVecEnv([lambda: Monitor(gym.make(args.env_id)) for _ in range(args.num_envs)])
     envs = VecNormalize(envs, gamma=args.gamma)
@@ -87,6 +91,13 @@ def main():
             cg_max_steps=args.cg_iters, **same,
         )  # fmt: skip
     model.learn(args.total_timesteps, callback=Progress(args.csv))
+    if args.fresh:
+        envs.training = envs.norm_reward = False
+        fresh = {
+            name: evaluate_policy(model, envs, args.fresh, mean)[0]
+            for name, mean in (("mean_action", True), ("sampled", False))
+        }
+        print(json.dumps({name: float(x) for name, x in fresh.items()}))
 
 
 if __name__ == "__main__":

@@ -111,4 +111,3 @@ def test_functions_stay_short_and_flat(any_script):
 def test_no_row_of_the_readme_is_missing():
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}.py`" in readme for name in SCRIPTS)
-    assert len(readme.splitlines()) < 250

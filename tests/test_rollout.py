@@ -142,3 +142,11 @@ def test_the_first_rollout_sets_the_scale_without_moving_the_policy():
     agent.update_statistics(rollout)
     scaled = agent.policy(agent.obs_rms(rollout["obs"]))
     assert torch.distributions.kl_divergence(raw, scaled).max() < 1e-3  # the last layer of a new policy is small
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Reacher-v4"])
+def test_the_camera_goes_along_with_a_body_that_walks(env_id, script):
+    env = script.make_env(env_id, render_mode="rgb_array")
+    cameras = [env.unwrapped.model.camera(i).name for i in range(env.unwrapped.model.ncam)]
+    assert ("track" in cameras) == (env_id != "Reacher-v4")
+    assert env.unwrapped.mujoco_renderer.camera_id == (cameras.index("track") if "track" in cameras else -1)
