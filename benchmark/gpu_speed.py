@@ -1,6 +1,6 @@
 """What --cuda brings, on the GPU of this machine, in one command of five minutes: the GPU table.
 
-    python benchmark/gpu_speed.py [--env-id Hopper-v4] [--seconds 290]
+    python benchmark/speed.py gpu [--seconds 290]
 
 Microseconds per minibatch of ppo_clip.py in every form, on the CPU, too; milliseconds per policy step of
 trpo_continuous.py on 2048 states; then whole runs with 1, 8, 16 and 64 environments: steps per second (median over
@@ -121,37 +121,48 @@ def run_of(command, path, limit):
 
 def contenders(args):
     """(name, N, command) of whole runs, the most interesting ones first."""
-    multi = ROOT / "ppo_multiagent.py"
-    small = ["--num-minibatches", 64, "--checkpoint-every", 10**9]
-    for flag in ("--cuda", "--no-cuda"):
-        moves = ["--algorithm", "selfplay", "--num-envs", 4096, *small, "--total-timesteps", 4096 * 64 * 8]
-        yield f"self-play, {flag}", 4096, [multi, *moves, flag, "--compile"]
-        yield f"MAPPO, {flag}", 1024, [multi, "--num-envs", 1024, "--total-timesteps", 25600 * 10, flag, "--compile"]
-    for N in (64, 16, 1, 8):
-        sizes = ["--env-id", args.env_id, "--num-envs", N, "--num-steps", 2048 // N]
-        for name in ("ppo_clip", "trpo_continuous"):
-            for flag in ("--cuda", "--no-cuda"):
-                steps = ["--total-timesteps", 2048 * (15 if N == 1 else 40), "--num-workers", min(N, 16)]
-                yield f"{name}, {flag}", N, [ROOT / f"{name}.py", *sizes, *steps, "--compile", flag]
-        if importlib.util.find_spec("stable_baselines3"):
-            for device in ("cuda", "cpu"):
-                sb3 = [ROOT / "benchmark/sb3.py", "ppo", *sizes, "--total-timesteps", 2048 * 6, "--device", device]
+    multi, script = ROOT / "ppo_multiagent.py", ROOT / "ppo_clip.py"
+    rare = ["--checkpoint-every", 10**9]
+
+    def hopper(N, device):
+        sizes = ["--env-id", args.env_id, "--num-envs", N, "--num-steps", 2048 // N, "--num-workers", min(N, 16)]
+        return [*sizes, "--total-timesteps", 2048 * (15 if N == 1 else 40), "--compile", device]
+
+    for N in (64, 16, 8, 1):
+        yield "ppo_clip.py --cuda", N, [script, *hopper(N, "--cuda")]
+    moves = [
+        "--algorithm",
+        "selfplay",
+        "--num-envs",
+        4096,
+        "--num-minibatches",
+        16,
+        "--total-timesteps",
+        4096 * 64 * 12,
+    ]
+    yield "self-play --cuda", 4096, [multi, *moves, *rare, "--cuda", "--compile"]
+    steps = ["--num-envs", 4096, "--total-timesteps", 4096 * 25 * 12]
+    yield "MAPPO --cuda", 4096, [multi, *steps, *rare, "--cuda", "--compile"]
+    yield "trpo_continuous.py --cuda", 64, [ROOT / "trpo_continuous.py", *hopper(64, "--cuda")]
+    if importlib.util.find_spec("stable_baselines3"):
+        for N in (64, 1):
+            for device in ("cpu", "cuda"):
+                sizes = ["--env-id", args.env_id, "--num-envs", N, "--num-steps", 2048 // N]
+                sb3 = [ROOT / "benchmark/sb3.py", "ppo", *sizes, "--total-timesteps", 2048 * 5, "--device", device]
                 yield f"Stable-Baselines3 PPO, {device}", N, sb3
-    for flag in ("--cuda", "--no-cuda"):
-        large = ["--num-envs", 64, "--num-steps", 128, "--num-minibatches", 8, "--num-workers", 16]
-        command = [ROOT / "ppo_clip.py", "--env-id", args.env_id, *large, "--total-timesteps", 8192 * 15, "--compile"]
-        yield f"ppo_clip, minibatches of 1024, {flag}", 64, [*command, flag]
+    for N in (64, 8, 1):  # last: before torch 2.13 each process compiles anew for the CPU, which may take a minute
+        yield "ppo_clip.py --no-cuda", N, [script, *hopper(N, "--no-cuda")]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env-id", default="Hopper-v4")
     parser.add_argument("--seconds", type=float, default=290, help="no row is started after this")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     start = time.time()
     if not torch.cuda.is_available():
-        sys.exit("gpu_speed.py: torch finds no CUDA device here")
+        sys.exit("speed.py gpu: torch finds no CUDA device here")
     torch.set_num_threads(1)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
     cores = len(os.sched_getaffinity(0))
@@ -174,7 +185,9 @@ def main():
             path = Path(folder) / "progress.csv"
             out = ["--csv", path] if "sb3" in str(command[0]) else ["--run-dir", folder]
             try:
-                sps, first = run_of([sys.executable, *command, *out], path, limit=60)
+                sps, first = run_of(
+                    [sys.executable, *command, *out], path, limit=max(30, args.seconds - (time.time() - start))
+                )
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 print(f"| {name}, N = {N} | failed: {error} |", flush=True)
                 continue

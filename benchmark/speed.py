@@ -3,10 +3,11 @@
     python benchmark/speed.py ppo       # ppo_clip.py and ppo_klpen.py beside SB3's PPO
     python benchmark/speed.py trpo      # trpo_continuous.py beside sb3-contrib's TRPO
     python benchmark/speed.py workers   # collecting with one process and with one for each core, rollout by rollout
+    python benchmark/speed.py gpu       # what --cuda brings on this machine: benchmark/gpu_speed.py
 
-All do the same work: N = 8, T = 256, normalised observations and rewards; PPO 10 epochs of 64-sample minibatches;
-TRPO 10 conjugate-gradient iterations on all states and 20 critic epochs of 128-sample minibatches. The contenders take
-turns, `--repeats` times, so that a noisy neighbour disturbs all of them; the table has the medians.
+The first two do the same work: N = 8, T = 256, normalised observations and rewards; PPO 10 epochs of 64-sample
+minibatches; TRPO 10 conjugate-gradient iterations on all states and 20 critic epochs of 128-sample minibatches. The
+contenders take turns, `--repeats` times, so that a noisy neighbour disturbs all of them; the table has the medians.
 Steady state is the rate over all iterations but the first five. Start-up is what the process took beyond all its
 iterations at that rate. The baselines run in a virtual environment of their own, made here on first use (.venv-sb3).
 Quiet cores are up to you.
@@ -173,10 +174,17 @@ def workers(repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=("ppo", "trpo", "workers"))
+    parser.add_argument("group", choices=("ppo", "trpo", "workers", "gpu"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100_000)
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
+    if args.group == "gpu":
+        import gpu_speed
+
+        gpu_speed.main(rest)
+        return
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
     if args.group == "workers":
         workers(40)
         return
