@@ -201,6 +201,7 @@ def test_adam_and_gradient_clipping_equal_torch(space):
     assert state["t"] == 48 and min(norms) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_compiled_equals_eager(space):
     """Thirty epochs of 32 minibatches from the same data, the learning rate changing: 1e-5 relative."""

@@ -192,6 +192,7 @@ def test_beta_turns_the_gradient_and_the_learning_rate_only_scales_the_step():
     assert torch.cosine_similarity(*steps, dim=0) > 0.99999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_compiled_equals_eager_and_reads_beta(space):
     """Compiled once, the update follows beta: 1e-5 relative; a beta that stayed 1 would show."""

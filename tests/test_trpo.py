@@ -404,6 +404,7 @@ def test_a_rejected_step_is_logged_and_leaves_the_policy(tmp_path, monkeypatch):
             assert not torch.equal(x, fresh[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [[], ["--kl-constraint", "max"], ["--cg-damping", 0, "--cg-iters", 40], ["--max-kl", 0.3]]
 )
@@ -444,6 +445,7 @@ def test_critic_update_equals_torch():
     torch.testing.assert_close(state["sums"], sums, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_critic_equals_eager():
     results = []
     for compile in (False, True):
