@@ -178,7 +178,7 @@ def test_loss_and_gradient_of_their_ppo_on_fifty_batches(name, space, norm_adv):
             clipped += theirs["train/clip_fraction"] / 50
         ours = torch.cat([p.grad.flatten() for p, _ in pairs(agent, model.policy)]) * factor
         gradient = torch.cat([model.policy.optimizer.gradient[p].flatten() for _, p in pairs(agent, model.policy)])
-        assert (ours - gradient).norm() < 3e-5 * gradient.norm()
+        assert (ours - gradient).norm() < 5e-6 * gradient.norm()
     assert name != "ppo_clip" or 0.1 < clipped < 0.9  # both sides of the clip were seen
 
 
@@ -212,7 +212,7 @@ def test_twenty_updates_of_their_ppo(name, space, max_grad_norm):
     torch.nn.utils.vector_to_parameters(state["parameters"], agent.parameters())
     moved = (state["parameters"] - start).norm()
     error = sum((a - b).square().sum() for a, b in pairs(agent, model.policy)).sqrt()
-    assert error < 1e-4 * moved and moved > 0.1
+    assert error < 5e-5 * moved and moved > 0.1
 
 
 # ---- TRPO ------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_a_step_of_their_trpo(seed, monkeypatch):
     step = parameters_to_vector(trpo.policy_part(agent).values()).detach() - theta
     theirs = {ours: p for ours, p in pairs(agent, model.policy)}
     their_step = parameters_to_vector([theirs[p].data for p in trpo.policy_part(agent).values()]) - theta
-    assert (step - their_step).norm() < 1e-6 * step.norm() and step.norm() > 0
+    assert (step - their_step).norm() < 1e-9 * step.norm() and step.norm() > 0
     their_kl = model.logger.name_to_value["train/kl_divergence_loss"]
     assert report["kl"] == pytest.approx(A * their_kl, rel=1e-2)  # they log KL(new||old), equal to second order
 
