@@ -78,11 +78,14 @@ def test_an_infinite_clip_coef_is_the_plain_surrogate():
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-8])
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
-def test_loss_against_torch_distributions(space):
-    """The whole loss, written a second time, at parameters that have moved."""
+def test_loss_against_torch_distributions(space, size):
+    """The whole loss, written a second time, at parameters that have moved. Advantages as small as rounding errors are
+    not blown up to the size of a signal: the 1e-8 halves those of size 1e-8."""
     agent, coef = make_agent(space), make_coef()
     batch = make_batch(agent)
+    batch["advantage"] *= size
     move(agent)
     loss, logged = ppo_clip.ppo_loss(agent, batch, coef, True)
 

@@ -242,6 +242,16 @@ def test_what_was_adapted_goes_on_after_a_resume(name, flags, tmp_path):
     assert [b / a for a, b in zip(seen, seen[1:])] in ([pytest.approx(2)] * 6, [pytest.approx(0.5)] * 6)
 
 
+@pytest.mark.parametrize("name", ["ppo_clip", "ppo_klpen"])
+def test_a_schedule_that_becomes_adaptive_starts_at_the_last_rate(name, tmp_path):
+    script = importlib.import_module(name)
+    script.train(run_args(name, tmp_path, stop_at_step=96))
+    flags = {"lr_schedule": "kl-adaptive", "kl_lr_target": 10.0, "resume": str(tmp_path / "run")}
+    script.train(run_args(name, tmp_path, **flags))
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run")]
+    assert rates == pytest.approx([3e-3, 2.5e-3, 2e-3, 2e-3, 4e-3, 8e-3])
+
+
 # ---- defaults --------------------------------------------------------------------------------------------------------
 
 CONTRACT = {"env_id": "Hopper-v4", "total_timesteps": 1_000_000, "seed": 1, "cuda": False, "compile": True}
