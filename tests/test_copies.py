@@ -49,6 +49,7 @@ EDITS = {
 }  # the sixth, an environment of one's own, is in all of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in HOUSE if name.startswith("ppo")])
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_copy_learns(name, edit, tmp_path):

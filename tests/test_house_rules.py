@@ -67,6 +67,7 @@ def test_the_two_ppos_are_a_short_diff_apart():
     assert len([line for line in process.stdout.splitlines() if line[:1] in "<>"]) < 160
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", CONTRACT)
 def test_copied_alone_into_an_empty_folder_it_runs(script, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)

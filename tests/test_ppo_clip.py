@@ -4,6 +4,7 @@ import functools
 import math
 
 import batches
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -77,11 +78,14 @@ def test_an_infinite_clip_coef_is_the_plain_surrogate():
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-8])
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
-def test_loss_against_torch_distributions(space):
-    """The whole loss, written a second time, at parameters that have moved."""
+def test_loss_against_torch_distributions(space, size):
+    """The whole loss, written a second time, at parameters that have moved. Advantages as small as rounding errors are
+    not blown up to the size of a signal: the 1e-8 halves those of size 1e-8."""
     agent, coef = make_agent(space), make_coef()
     batch = make_batch(agent)
+    batch["advantage"] *= size
     move(agent)
     loss, logged = ppo_clip.ppo_loss(agent, batch, coef, True)
 
@@ -200,6 +204,7 @@ def test_adam_and_gradient_clipping_equal_torch(space):
     assert state["t"] == 48 and min(norms) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_compiled_equals_eager(space):
     """Thirty epochs of 32 minibatches from the same data, the learning rate changing: 1e-5 relative."""
@@ -245,6 +250,18 @@ def test_running_statistics_against_numpy():
     expected = ((rows - rows.mean(0)) / rows.std(0)).clip(-10, 10)
     np.testing.assert_allclose(rms(torch.from_numpy(rows).float()), expected, rtol=1e-4, atol=1e-5)
     assert rms(torch.full((3,), 1e9)).tolist() == [10, 10, 10] and rms(x).dtype == torch.float32
+
+
+def test_running_statistics_against_gymnasium():
+    """Theirs begins with a count of epsilon, ours with 0. Parts of one row, and of rows far away from each other."""
+    ours, theirs = ppo_clip.RunningMeanStd(3), gym.wrappers.utils.RunningMeanStd(epsilon=0.0, shape=(3,))
+    for n, center in ((1, 0.0), (7, 1e3), (256, -5.0), (1, 2.0)):
+        rows = np.random.default_rng(n).normal(center, 3, (n, 3))
+        ours.update(torch.from_numpy(rows))
+        theirs.update(rows)
+        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-12)
+        np.testing.assert_allclose(ours.var, theirs.var, rtol=1e-12)
+        assert ours.count == theirs.count
 
 
 def test_what_never_moved_is_not_scaled():

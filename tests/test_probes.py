@@ -39,6 +39,7 @@ def test_constant_reward(script, tmp_path):
     assert value[0.0] == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 @both
 def test_reward_from_observation(script, tmp_path):
     value, _ = trained(script, tmp_path, "RewardFromObs", 8192)
@@ -63,6 +64,7 @@ VARIANTS = [(ppo_clip, flags) for flags in VARIANTS]
 VARIANTS += [(ppo_klpen, {}), (ppo_klpen, {"beta_schedule": "fixed"}), (ppo_klpen, {"lr_schedule": "kl-adaptive"})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script,flags", VARIANTS)
 def test_reward_from_observation_and_action(script, tmp_path, flags):
     value, policy = trained(script, tmp_path, "RewardFromBoth", 12288, **flags)
@@ -75,6 +77,7 @@ FORMS = [(trpo_continuous, flags) for flags in FORMS]
 FORMS += [(ppo_clip, {"lr_schedule": "constant"}), (ppo_klpen, {"lr_schedule": "constant"})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script,flags", FORMS)
 def test_continuous_action_from_observation(script, tmp_path, flags):
     _, policy = trained(script, tmp_path, "BoxTarget", 16384, **flags)
@@ -82,6 +85,7 @@ def test_continuous_action_from_observation(script, tmp_path, flags):
         assert policy[obs].mean.item() == pytest.approx(target, abs=0.15)
 
 
+@pytest.mark.slow
 @every
 def test_a_time_limit_is_not_the_end(script, tmp_path):
     """Reward 1 for ever, cut every 10 steps: V = 1 / (1 - gamma) = 10. Taken as terminal, V would be about 4."""
@@ -89,6 +93,7 @@ def test_a_time_limit_is_not_the_end(script, tmp_path):
     assert value[0.0] == pytest.approx(1 / (1 - GAMMA), abs=0.5)
 
 
+@pytest.mark.slow
 @both
 def test_the_entropy_bonus_keeps_the_policy_open(script, tmp_path):
     _, policy = trained(script, tmp_path, "RewardFromAction", 8192, ent_coef=10.0)

@@ -34,6 +34,7 @@ def running(tmp_path):
     return [c for c in found if b"ppo_clip.py" in c and str(tmp_path / "runs").encode() in c]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", [name for name in reproduce.STUDIES if name != "v4-baselines"])
 def test_every_setting_of_every_study_runs(study, tmp_path):
     """One environment each, so that a misspelt flag or environment shows here and not after eight hours."""
@@ -50,6 +51,7 @@ def test_every_setting_of_every_study_runs(study, tmp_path):
     assert (tmp_path / "results" / f"{study}.png").exists() and (tmp_path / "results" / f"{study}.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_grid_goes_on_without_repeating_finished_runs(tmp_path):
     """SIGTERM goes to the grid alone, which stops its runs; SIGKILL takes them with it, as a power cut would."""
     flags = ["--envs", "Pendulum-v1", "--steps", "20480", "--seeds", "2"]

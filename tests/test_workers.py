@@ -82,6 +82,7 @@ def test_the_number_of_workers_is_this_machines_and_not_the_checkpoints(name, tm
     assert script.parse_args(["--resume", str(tmp_path)]).num_workers == script.CORES >= 1
 
 
+@pytest.mark.slow
 @house
 def test_spawned_workers_give_the_same_bits(name, tmp_path):
     """macOS and Windows do not fork: everything that a worker needs must survive being sent to it."""
@@ -108,6 +109,7 @@ if __name__ == "__main__":
 # ---- deaths and signals ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @house
 def test_a_killed_worker_ends_the_run_with_one_line(name, tmp_path, cli):
     process, workers = started(cli, tmp_path, name)
@@ -122,6 +124,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(name, tmp_path, cli):
     assert script.main(["--resume", str(tmp_path / "a"), "--stop-at-step", str(step)]) == 0
 
 
+@pytest.mark.slow
 @house
 def test_a_killed_parent_leaves_no_orphan_and_no_noise(name, tmp_path, cli):
     process, workers = started(cli, tmp_path, name)
@@ -131,6 +134,7 @@ def test_a_killed_parent_leaves_no_orphan_and_no_noise(name, tmp_path, cli):
     assert len(err.splitlines()) <= 1, err
 
 
+@pytest.mark.slow
 def test_a_killed_parent_leaves_no_orphan_even_if_an_environment_hangs(tmp_path, cli):
     flags = ["--env-id", "toy_envs:Broken-step-hang-v0", "--run-dir", "a", "--num-workers", 2, "--no-compile"]
     process = cli("ppo_clip", *flags, wait=False)
@@ -142,6 +146,7 @@ def test_a_killed_parent_leaves_no_orphan_even_if_an_environment_hangs(tmp_path,
     wait_for(lambda: not any(map(alive, workers)), seconds=10)
 
 
+@pytest.mark.slow
 @house
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint(name, number, tmp_path, cli):
@@ -154,6 +159,7 @@ def test_a_signal_to_the_whole_group_leaves_a_checkpoint(name, number, tmp_path,
     assert not any(map(alive, workers))
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_environments_are_made_is_one_line(tmp_path, cli):
     flags = ["--env-id", "toy_envs:Slow-v0", "--num-workers", 2, "--no-compile"]
     process = cli("ppo_clip", *flags, wait=False, start_new_session=True)
@@ -164,6 +170,7 @@ def test_ctrl_c_while_environments_are_made_is_one_line(tmp_path, cli):
     assert [p.name for p in tmp_path.iterdir()] == ["making"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_compiling_is_one_line(tmp_path, cli, monkeypatch):
     """An empty cache, so that the compiler is running, which Ctrl-C reaches as well."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
