@@ -651,21 +651,26 @@ class RaySlot:
 
 def ray_slots(args):
     """Slots on a cluster that runs, or on one that is started here. Raises UserError where that cannot work."""
+    address, stderr = args.ray_address, os.dup(2)
+    if address:  # Ray would try a dead address for minutes; one attempt takes 40 s at most
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         import ray
 
-        address = args.ray_address or "local"
-        if ":" in address:  # Ray would try a dead address for minutes
+        if address and ":" in address:
             host, port = address.rsplit(":", 1)
             socket.create_connection((host, int(port)), timeout=10).close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # while Ray tries, it warns once a second
         if not ray.is_initialized():
-            dashboard = {} if args.ray_address else {"include_dashboard": False}
-            ray.init(address, **dashboard, log_to_driver=False, logging_level="ERROR")
+            how = {"address": address} if address else {"address": "local", "include_dashboard": False}
+            ray.init(**how, log_to_driver=False, logging_level="ERROR")
     except ImportError:
         raise UserError("--executor ray needs the package: pip install ray==2.60.0") from None
     except Exception as error:
-        what = "cannot start Ray" if address == "local" else f"--ray-address {address}, given up after at most 10 s"
-        raise UserError(f"{what}: {first_line(error)}") from error
+        where = f"--ray-address {address}: no cluster there within a minute" if address else "cannot start Ray"
+        raise UserError(f"{where}: {first_line(error)}") from error
+    finally:
+        os.dup2(stderr, 2)
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[Script.__module__])  # nodes need not have this file
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -709,14 +714,17 @@ def draw(population):
     for name, leg in legs.items():
         row, donor = leg["member"], legs[leg["source"]]["member"] if leg["source"] else leg["member"]
         colour = colours.to_rgba(leg["score"]) if is_score(leg["score"]) else "0.8"
-        axis.plot([begin[name], leg["step"]], [row, row], color=colour, lw=9 if name in winner else 3)
+        axis.plot(
+            [begin[name], leg["step"]], [row, row], color=colour, lw=9 if name in winner else 3, solid_capstyle="butt"
+        )
         if donor != row:
-            style = {"arrowstyle": "-|>", "color": "C3" if name in winner else "0.5", "shrinkA": 0, "shrinkB": 0}
-            axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=style)
+            arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "shrinkA": 0, "shrinkB": 0}
+            arrow |= {"color": "C3" if name in winner else "0.5"}
+            axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=arrow)
     axis.set(title="Who copied whom", ylabel="member", yticks=sorted(population.members))
     figure.colorbar(colours, ax=axis, label="score of the leg")
     key = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
-    finish(figure, axis, "lineage.png", key | {"copy, from the donor to the member": {"color": "0.5", "marker": ">"}})
+    finish(figure, axis, "lineage.png", key | {"copy, from donor to member": {"color": "0.5", "marker": ">"}})
     if not searched:
         return
 
