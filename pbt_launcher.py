@@ -219,10 +219,14 @@ def explore(values, hyperparameters, resample_probability, rng):
 
 def train(args):
     """Train a population to its end. Returns a summary. Raises UserError before anything is written."""
-    signals = []  # a SIGINT or SIGTERM, for the loop to look at
+    population, signals = Population(args), []
+
+    def note(number, frame):  # for the loop to look at; a second signal kills
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    population = Population(args)
+        signal.signal(number, note)
     with contextlib.ExitStack() as at_the_end:
         slots = ray_slots(args) if args.executor == "ray" else [LocalSlot(i, args) for i in range(args.slots)]
         at_the_end.callback(lambda: [slot.kill() for slot in slots])
@@ -238,13 +242,15 @@ def train(args):
 
 
 class Launcher:
-    """Starts legs in free slots, takes their results, and decides in between who copies whom."""
+    """Starts legs in free slots, takes their results, and decides in between who copies whom. A member is ready, then
+    trains a leg in a slot, then waits for the decision about it, and is ready again, as itself or as a copy."""
 
     def __init__(self, population, slots):
         self.args, self.population, self.members, self.slots = population.args, population, population.members, slots
         self.running = {}  # slot -> what is known of its leg, and when it started
         self.failures_in_a_row = 0
-        self.bar = tqdm(total=len(self.members) * self.args.total_timesteps, unit=" steps", disable=None)
+        total, initial = len(self.members) * self.args.total_timesteps, sum(m.step for m in self.members.values())
+        self.bar = tqdm(total=total, initial=initial, unit=" steps", disable=None)  # shown on a terminal
 
     def run(self, signals):
         """Until all members are done, or a signal has come."""
@@ -258,9 +264,11 @@ class Launcher:
             if members := self.due():
                 self.decide(members)
             time.sleep(0.02)
+        self.bar.close()
 
     def ready(self):
-        """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done."""
+        """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done. Those
+        with the fewest legs come first, so that with few slots nobody falls behind."""
         busy = {leg["member"] for leg, _ in self.running.values()}
         members = [m for m in self.members.values() if m.id not in busy and m.legs <= m.decided]
         return sorted((m for m in members if not self.population.done(m)), key=lambda m: (m.legs, m.id))
@@ -274,7 +282,7 @@ class Launcher:
 
     def decide(self, members):
         """Exploit and explore. All copies are one event, so that a crash leaves all of them or none."""
-        rng = generator(self.args, 2, self.population.decisions)
+        rng = generator(self.args, 2, self.population.decisions)  # purpose 1 are the first draws, 3 are restarts
         donors = exploit({m.id: m.score for m in self.members.values()}, self.args, rng)
         losers = [m for m in members if m.id in donors and m.step >= self.args.warmup]
         copies = [self.copy(m, donors[m.id], rng) for m in losers]
@@ -299,7 +307,8 @@ class Launcher:
         slot.start(request)
 
     def overdue(self, slot):
-        """An error in place of a result, if this slot's leg hangs."""
+        """An error in place of a result, if this slot's leg hangs. Legs are of about the same length, so that a leg of
+        five medians is hardly a slow one. Before any has finished, only --leg-timeout can tell."""
         leg, started = self.running[slot]
         seconds = [x["seconds"] for x in self.population.legs.values()]
         limit = min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
@@ -317,10 +326,11 @@ class Launcher:
             self.failed(self.members[leg["member"]], leg["leg"], result)
             return
         self.failures_in_a_row = 0
-        returns = [x for x in result["returns"] if is_score(x)]
+        returns = [x for x in result["returns"] if is_score(x)]  # raw ones, whatever rewards the script learns from
         leg |= {"step": result["step"], "score": statistics.fmean(returns) if returns else None}
         self.population.record("leg", **leg, seconds=time.monotonic() - started)
         used = {m.leg for m in self.members.values()} | {self.population.best}
+        # The event is on the disk by now. So a launcher that is killed here does not miss what it has deleted.
         for unused in self.population.legs.keys() - used:
             self.population.checkpoint(unused).unlink(missing_ok=True)
         text = readable({"member": leg["member"], "step": leg["step"], "score": leg["score"]} | leg["hyper"])
@@ -374,6 +384,7 @@ def generator(args, purpose, *numbers):
 
 class Population:
     """Members and finished legs. At first they follow from the flags, then from the events: only `apply` changes them.
+    So to resume a population is to apply its events once more, and no second way to store it can disagree with them.
     As a context it holds the file of events, locked, to which `record` appends."""
 
     def __init__(self, args):
@@ -397,7 +408,7 @@ class Population:
         elif event["event"] == "failed":
             m.tries, m.failures = m.tries + 1, m.failures + 1
         elif event["event"] == "decide":
-            before = {j: replace(m) for j, m in self.members.items()}
+            before = {j: replace(m) for j, m in self.members.items()}  # a donor may itself become a copy
             for copy in event["copies"]:
                 m, donor = self.members[copy["member"]], before[copy["donor"]]
                 m.hyper, m.seed, m.score, m.failures = copy["hyper"], copy["seed"], None, 0
@@ -426,7 +437,7 @@ class Population:
         self.file.close()
 
     def record(self, event, **content):
-        """Append an event to events.jsonl, then apply it."""
+        """Append an event to events.jsonl, wait until it is on the disk, then apply it as a resumed launcher would."""
         line = json.dumps({"event": event} | content)
         self.file.write(line.encode() + b"\n")
         self.file.flush()
@@ -444,7 +455,9 @@ class Population:
         return [*self.lineage(self.legs[leg]["source"]), leg] if leg else []
 
     def next_leg(self, member):
-        """A member's next leg as its event will tell of it, and the request for a slot: the script's flags."""
+        """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
+        is that of the whole run, since a script's schedules depend on it; --stop-at-step ends the leg. Every try has a
+        folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
         args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
         target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)
         hyper = next((hyper for step, hyper in self.schedule if step >= target), member.hyper)
@@ -544,8 +557,9 @@ class Script:
 
 
 def check_flags(population, slot, signals):
-    """Let the script itself read the flags of a first leg, before anything is written: both ends of each prior, then
-    the flags as they are. Raises UserError."""
+    """Let the script itself read the flags of a first leg, before anything is written: both ends of each prior, since a
+    bound that the script refuses might be drawn only after hours, then the flags as they are. A slot does it, because
+    only where legs run is there a GPU, say. Raises UserError."""
     first, trials = population.members[0], []
     for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
@@ -563,7 +577,8 @@ def check_flags(population, slot, signals):
 
 
 class LocalSlot:
-    """A process on this machine. A crash takes one leg with it and nothing else."""
+    """A process on this machine. A crash takes one leg with it and nothing else. A slot can start, poll and kill a leg;
+    the launcher never waits for it."""
 
     def __init__(self, index, args):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // args.slots)))
@@ -574,7 +589,7 @@ class LocalSlot:
     def available(self):
         """Can a leg start here now? A process that has died is made anew."""
         if self.process is None or not self.process.is_alive():
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("spawn")  # a fork would inherit the other slots' pipes
             self.pipe, theirs = context.Pipe()
             self.process = context.Process(target=serve, args=(theirs, self.script, self.gpu))
             self.process.start()
@@ -587,11 +602,13 @@ class LocalSlot:
 
     def poll(self):
         """None while the leg runs, then its result."""
-        try:
-            return self.pipe.recv() if self.pipe.poll() else None
-        except (EOFError, OSError):
-            self.kill()
-            return {"error": f"the leg's process ended with exit code {self.process.exitcode} (-9: killed)"}
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipe.poll():
+                return self.pipe.recv()
+        if self.process.is_alive():
+            return None
+        self.kill()
+        return {"error": f"the leg's process ended with exit code {self.process.exitcode} (-9: killed)"}
 
     def kill(self):
         with contextlib.suppress(ProcessLookupError):
@@ -620,7 +637,8 @@ def serve(pipe, path, gpu):
 
 
 class RaySlot:
-    """An actor on a Ray cluster, with a LocalSlot's interface. Lost with its worker or node, and then made anew."""
+    """An actor on a Ray cluster, with a LocalSlot's interface. It is lost with its worker or node, and then made anew.
+    A task for each leg would import the script each time, and a leg's clock would run while it waits for room."""
 
     def __init__(self, args):
         self.args, self.ray, self.actor = args, sys.modules["ray"], None
@@ -672,6 +690,7 @@ def ray_slots(args):
     finally:
         os.dup2(stderr, 2)
 
+    # A member may go on anywhere, so all nodes must see the checkpoints of all others: the folder has to be shared.
     ray.cloudpickle.register_pickle_by_value(sys.modules[Script.__module__])  # nodes need not have this file
     nodes = [node for node in ray.nodes() if node["Alive"]]
     room = [(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in nodes]
@@ -693,8 +712,9 @@ def ray_slots(args):
 
 
 def draw(population):
-    """lineage.png: who copied whom, and with what score. schedule.png: the hyperparameters of all members."""
-    import matplotlib.pyplot as plt
+    """lineage.png: who copied whom, and with what score. schedule.png: the hyperparameters of all members. In both, the
+    legs that led to the best score stand out; --replay trains what they did."""
+    import matplotlib.pyplot as plt  # here, because it is slow to import
 
     plt.switch_backend("Agg")
     legs, winner, searched = population.legs, population.lineage(population.best), population.hyperparameters
