@@ -582,6 +582,8 @@ class LocalSlot:
 
     def __init__(self, index, args):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // args.slots)))
+        # Python clears up the semaphores of a process that was killed, and need not warn of each.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
         devices = args.gpus.split(",")
         self.script, self.gpu, self.process = args.script, devices[index % len(devices)], None
         self.available()

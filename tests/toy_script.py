@@ -7,10 +7,14 @@ evaluates a checkpoint to 1000 more than its score, so that a test sees which of
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import time
 from pathlib import Path
+
+
+LOCK = multiprocessing.RLock()  # as tqdm has one; Python complains of the semaphore if the process is killed
 
 
 class UserError(Exception):
