@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-
 LOCK = multiprocessing.RLock()  # as tqdm has one; Python complains of the semaphore if the process is killed
 
 
