@@ -91,7 +91,9 @@ class Args:
 
     slots: int = 2  # legs that run at the same time
     gpus: str = ""  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
-    leg_timeout: float = 14400.0  # a leg of more seconds hangs; once legs have finished: more than 5 medians and 60 s
+    leg_timeout: float = (
+        14400.0  # seconds until a leg counts as hanging; later 5 medians of those that finished (60 s at least)
+    )
     executor: Literal["local", "ray"] = "local"  # ray (optional package): slots are actors on a Ray cluster
     ray_address: str | None = None  # HOST:PORT of a running cluster (default: start one on this machine)
     num_cpus: float = 1.0  # with --executor ray: CPUs of a slot
