@@ -91,9 +91,7 @@ class Args:
 
     slots: int = 2  # legs that run at the same time
     gpus: str = ""  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
-    leg_timeout: float = (
-        14400.0  # seconds until a leg counts as hanging; later 5 medians of those that finished (60 s at least)
-    )
+    leg_timeout: float = 14400.0  # seconds until a leg hangs; once some have finished, 5 medians do (60 s at least)
     executor: Literal["local", "ray"] = "local"  # ray (optional package): slots are actors on a Ray cluster
     ray_address: str | None = None  # HOST:PORT of a running cluster (default: start one on this machine)
     num_cpus: float = 1.0  # with --executor ray: CPUs of a slot
@@ -220,8 +218,11 @@ def explore(values, hyperparameters, resample_probability, rng):
 
 
 def train(args):
-    """Train a population to its end. Returns a summary. Raises UserError before anything is written."""
-    population, signals = Population(args), []
+    """Train a population to its end. Returns a summary. Raises UserError before anything is written.
+
+    A member is ready, then trains a leg in a slot, then waits for the decision about it, and is ready again: as itself,
+    or as a copy of another one."""
+    population, running, signals = Population(args), {}, []  # running: slot -> its leg, and when that started
 
     def note(number, frame):  # for the loop to look at; a second signal kills
         signals.append(number)
@@ -233,133 +234,34 @@ def train(args):
         slots = ray_slots(args) if args.executor == "ray" else [LocalSlot(i, args) for i in range(args.slots)]
         at_the_end.callback(lambda: [slot.kill() for slot in slots])
         check_flags(population, slots[0], signals)
-        with population:
-            Launcher(population, slots).run(signals)
-    best, path, score = population.best, population.folder / "best.pt", None
-    if best:
-        score = population.legs[best]["score"]
-        shutil.copy(population.checkpoint(best), path)
-        draw(population)
-    return {"best": os.path.relpath(path), "leg": best, "score": score, "signal": signals[0] if signals else None}
-
-
-class Launcher:
-    """Starts legs in free slots, takes their results, and decides in between who copies whom. A member is ready, then
-    trains a leg in a slot, then waits for the decision about it, and is ready again, as itself or as a copy."""
-
-    def __init__(self, population, slots):
-        self.args, self.population, self.members, self.slots = population.args, population, population.members, slots
-        self.running = {}  # slot -> what is known of its leg, and when it started
-        self.failures_in_a_row = 0
-        total, initial = len(self.members) * self.args.total_timesteps, sum(m.step for m in self.members.values())
-        self.bar = tqdm(total=total, initial=initial, unit=" steps", disable=None)  # shown on a terminal
-
-    def run(self, signals):
-        """Until all members are done, or a signal has come."""
-        while not signals and not all(map(self.population.done, self.members.values())):
-            free = [slot for slot in self.slots if slot not in self.running and slot.available()]
-            for slot, member in zip(free, self.ready(), strict=False):
-                self.start(slot, member)
-            for slot in list(self.running):
-                if result := slot.poll() or self.overdue(slot):
-                    self.finish(slot, result)
-            if members := self.due():
-                self.decide(members)
+        at_the_end.enter_context(population)
+        while not signals and not all(map(population.done, population.members.values())):
+            free = [slot for slot in slots if slot not in running and slot.available()]
+            for slot, member in zip(free, population.ready(running.values()), strict=False):
+                leg, request = population.next_leg(member)
+                shutil.rmtree(population.folder / leg["leg"], ignore_errors=True)  # left by a launcher that was killed
+                running[slot] = leg, time.monotonic()
+                slot.start(request)
+            for slot, (leg, started) in list(running.items()):
+                result, seconds = slot.poll(), time.monotonic() - started
+                if result is None and seconds > population.time_limit():
+                    slot.kill()
+                    result = {"error": f"{leg['leg']} hung: no result after {seconds:.0f} s (see --leg-timeout)"}
+                if result is not None:
+                    del running[slot]
+                    population.finish(leg | {"seconds": seconds}, result)
+            if members := population.due():
+                population.decide(members)
             time.sleep(0.02)
-        self.bar.close()
-
-    def ready(self):
-        """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done. Those
-        with the fewest legs come first, so that with few slots nobody falls behind."""
-        busy = {leg["member"] for leg, _ in self.running.values()}
-        members = [m for m in self.members.values() if m.id not in busy and m.legs <= m.decided]
-        return sorted((m for m in members if not self.population.done(m)), key=lambda m: (m.legs, m.id))
-
-    def due(self):
-        """The members to decide about: those that have finished a leg since the last decision. In sync mode there are
-        none until all have, so that no decision depends on who was faster, and a seed fixes them all."""
-        members = [m for m in self.members.values() if not self.population.done(m)]
-        waiting = [m for m in members if m.legs > m.decided]
-        return waiting if self.args.mode == "async" or len(waiting) == len(members) else []
-
-    def decide(self, members):
-        """Exploit and explore. All copies are one event, so that a crash leaves all of them or none."""
-        rng = generator(self.args, 2, self.population.decisions)  # purpose 1 are the first draws, 3 are restarts
-        donors = exploit({m.id: m.score for m in self.members.values()}, self.args, rng)
-        losers = [m for m in members if m.id in donors and m.step >= self.args.warmup]
-        copies = [self.copy(m, donors[m.id], rng) for m in losers]
-        self.population.record("decide", members=[m.id for m in members], copies=copies)
-        for copy in copies:
-            text = f"member {copy['member']} copies member {copy['donor']}: {readable(copy['hyper'])}"
-            tqdm.write(text, file=sys.stderr)
-
-    def copy(self, member, donor, rng):
-        """The change of a member into a copy of the donor: the hyperparameters, explored, and a seed that no one else
-        has, or the two would repeat each other's noise."""
-        searched, values = self.population.hyperparameters, self.members[donor].hyper
-        hyper = explore(values, searched, self.args.resample_probability, rng)
-        return {"member": member.id, "donor": donor, "hyper": hyper, "seed": int(rng.integers(2**31))}
-
-    # ---- legs --------------------------------------------------------------------------------------------------------
-
-    def start(self, slot, member):
-        leg, request = self.population.next_leg(member)
-        shutil.rmtree(self.population.folder / leg["leg"], ignore_errors=True)  # left by a launcher that was killed
-        self.running[slot] = leg, time.monotonic()
-        slot.start(request)
-
-    def overdue(self, slot):
-        """An error in place of a result, if this slot's leg hangs. Legs are of about the same length, so that a leg of
-        five medians is hardly a slow one. Before any has finished, only --leg-timeout can tell."""
-        leg, started = self.running[slot]
-        seconds = [x["seconds"] for x in self.population.legs.values()]
-        limit = min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
-        if time.monotonic() - started < limit:
-            return None
-        slot.kill()
-        return {"error": f"{leg['leg']} hung: no result after {limit:.0f} s (see --leg-timeout)"}
-
-    def finish(self, slot, result):
-        """Record a leg's result."""
-        leg, started = self.running.pop(slot)
-        if "error" not in result and (result["signal"] or not self.population.checkpoint(leg["leg"]).exists()):
-            result = {"error": f"{leg['leg']} ended without a checkpoint, signal {result['signal']}"}
-        if "error" in result:
-            self.failed(self.members[leg["member"]], leg["leg"], result)
-            return
-        self.failures_in_a_row = 0
-        returns = [x for x in result["returns"] if is_score(x)]  # raw ones, whatever rewards the script learns from
-        leg |= {"step": result["step"], "score": statistics.fmean(returns) if returns else None}
-        self.population.record("leg", **leg, seconds=time.monotonic() - started)
-        used = {m.leg for m in self.members.values()} | {self.population.best}
-        # The event is on the disk by now. So a launcher that is killed here does not miss what it has deleted.
-        for unused in self.population.legs.keys() - used:
-            self.population.checkpoint(unused).unlink(missing_ok=True)
-        text = readable({"member": leg["member"], "step": leg["step"], "score": leg["score"]} | leg["hyper"])
-        tqdm.write(text, file=sys.stderr)
-        self.bar.update(sum(m.step for m in self.members.values()) - self.bar.n)
-
-    def failed(self, member, leg, result):
-        """Run a failed leg once more. If it fails again, its checkpoint may be damaged, or its hyperparameters may be
-        impossible: the member becomes a copy of the best one that has another checkpoint."""
-        if result.get("mistake") and not self.population.legs:
-            raise UserError(result["error"])
-        say(f"member {member.id}: {result['error']}")
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row > 2 * len(self.members):
-            raise RunFailed(f"{self.failures_in_a_row} legs in a row have failed, the last with: {result['error']}")
-        self.population.record("failed", member=member.id, leg=leg, error=result["error"])
-        others = {m.id: m.score for m in self.members.values() if m.leg not in (None, member.leg)}
-        if member.failures >= 2 and others:
-            copy = self.copy(member, ranked(others)[0], generator(self.args, 3, member.id, member.tries))
-            self.population.record("decide", members=[], copies=[copy])
+    if population.best:
+        shutil.copy(population.checkpoint(population.best), population.folder / "best.pt")
+        draw(population)
+    summary = {"best": os.path.relpath(population.folder / "best.pt"), "leg": population.best}
+    summary["score"] = population.legs[population.best]["score"] if population.best else None
+    return summary | {"signal": signals[0] if signals else None}
 
 
-def readable(values):
-    return ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in values.items())
-
-
-# ==== The population: members, finished legs, and the file of events ==================================================
+# ==== The population: its members, its decisions, and its memory ======================================================
 
 
 @dataclass
@@ -394,9 +296,106 @@ class Population:
         self.hyperparameters = [Hyperparameter.parse(text) for text in args.mutate]
         self.schedule = winners_schedule(args.replay) if args.replay else []
         self.members, self.legs, self.decisions, self.best = {}, {}, 0, None
+        self.failures_in_a_row = 0
         for j in range(args.population):
             rng = generator(args, 1, j)
             self.members[j] = Member(j, {h.name: h.sample(rng) for h in self.hyperparameters}, args.seed + j)
+
+    # ---- what the loop asks ------------------------------------------------------------------------------------------
+
+    def done(self, member):
+        return member.step >= self.args.total_timesteps
+
+    def ready(self, running):
+        """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done. Those
+        with the fewest legs come first, so that with few slots nobody falls behind."""
+        busy = {leg["member"] for leg, _ in running}
+        members = [m for m in self.members.values() if m.id not in busy and m.legs <= m.decided and not self.done(m)]
+        return sorted(members, key=lambda m: m.legs)
+
+    def next_leg(self, member):
+        """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
+        is that of the whole run, since a script's schedules depend on it; --stop-at-step ends the leg. Every try has a
+        folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
+        args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
+        target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)
+        hyper = next((hyper for step, hyper in self.schedule if step >= target), member.hyper)
+        leg = {"member": member.id, "leg": name, "source": member.leg, "hyper": hyper, "seed": member.seed}
+        common = {"env_id": args.env_id} if args.env_id else {}
+        flags = {"total_timesteps": args.total_timesteps, "stop_at_step": target, "checkpoint_every": args.interval}
+        flags |= {"seed": member.seed, "run_dir": self.folder / name, "num_workers": 0}  # the slots are the processes
+        flags |= {"resume": self.checkpoint(member.leg)} if member.leg else {}
+        request = {"log": f"{self.folder / name}.log"}
+        request["train"] = command_line(common | flags | hyper) + args.script_flags
+        if args.score == "evaluation":  # the same episodes for all members, and others after the next interval
+            flags = {"evaluate": self.folder / name, "eval_episodes": args.eval_episodes, "seed": args.seed + target}
+            request["evaluate"] = command_line(common | flags)
+        return leg, request
+
+    def time_limit(self):
+        """Seconds after which a leg hangs. Legs are of about the same length, so that one of five medians is hardly a
+        slow one. Before any has finished, only --leg-timeout can tell."""
+        seconds = [leg["seconds"] for leg in self.legs.values()]
+        return min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
+
+    def due(self):
+        """The members to decide about: those that have finished a leg since the last decision. In sync mode there are
+        none until all have, so that no decision depends on who was faster, and a seed fixes them all."""
+        members = [m for m in self.members.values() if not self.done(m)]
+        waiting = [m for m in members if m.legs > m.decided]
+        return waiting if self.args.mode == "async" or len(waiting) == len(members) else []
+
+    # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def decide(self, members):
+        """Exploit and explore. All copies are one event, so that a crash leaves all of them or none."""
+        rng = generator(self.args, 2, self.decisions)  # purpose 1 are the first draws, 3 are restarts
+        donors = exploit({m.id: m.score for m in self.members.values()}, self.args, rng)
+        losers = [m for m in members if m.id in donors and m.step >= self.args.warmup]
+        copies = [self.copy(m, donors[m.id], rng) for m in losers]
+        self.record("decide", members=[m.id for m in members], copies=copies)
+
+    def copy(self, member, donor, rng):
+        """The change of a member into a copy of the donor: the hyperparameters, explored, and a seed that no one else
+        has, or the two would repeat each other's noise."""
+        hyper = explore(self.members[donor].hyper, self.hyperparameters, self.args.resample_probability, rng)
+        tqdm.write(f"member {member.id} copies member {donor}: {readable(hyper)}", file=sys.stderr)
+        return {"member": member.id, "donor": donor, "hyper": hyper, "seed": int(rng.integers(2**31))}
+
+    def finish(self, leg, result):
+        """Record a leg's result, and delete the checkpoints that no next leg starts from."""
+        if "error" not in result and (result["signal"] or not self.checkpoint(leg["leg"]).exists()):
+            result = {"error": f"{leg['leg']} ended without a checkpoint, signal {result['signal']}"}
+        if "error" in result:
+            self.failed(self.members[leg["member"]], leg["leg"], result)
+            return
+        self.failures_in_a_row = 0
+        returns = [x for x in result["returns"] if is_score(x)]  # raw ones, whatever rewards the script learns from
+        score = statistics.fmean(returns) if returns else None
+        self.record("leg", **leg, step=result["step"], score=score)
+        text = readable({"member": leg["member"], "step": result["step"], "score": score} | leg["hyper"])
+        tqdm.write(text, file=sys.stderr)
+        self.bar.update(sum(m.step for m in self.members.values()) - self.bar.n)
+        # The event is on the disk by now. So a launcher that is killed here does not miss what it has deleted.
+        for unused in self.legs.keys() - {m.leg for m in self.members.values()} - {self.best}:
+            self.checkpoint(unused).unlink(missing_ok=True)
+
+    def failed(self, member, leg, result):
+        """Run a failed leg once more. If it fails again, its checkpoint may be damaged, or its hyperparameters may be
+        impossible: the member becomes a copy of the best one that has another checkpoint."""
+        if result.get("mistake") and not self.legs:
+            raise UserError(result["error"])
+        say(f"member {member.id}: {result['error']}")
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row > 2 * len(self.members):
+            raise RunFailed(f"{self.failures_in_a_row} legs in a row have failed, the last with: {result['error']}")
+        self.record("failed", member=member.id, leg=leg, error=result["error"])
+        others = {m.id: m.score for m in self.members.values() if m.leg not in (None, member.leg)}
+        if member.failures >= 2 and others:
+            copy = self.copy(member, ranked(others)[0], generator(self.args, 3, member.id, member.tries))
+            self.record("decide", members=[], copies=[copy])
+
+    # ---- the memory --------------------------------------------------------------------------------------------------
 
     def apply(self, event):
         """Fold one event, a dict as in events.jsonl, into the state."""
@@ -433,9 +432,12 @@ class Population:
             self.apply(event)
         if not events:
             self.record("args", args=asdict(self.args))
+        total, initial = len(self.members) * self.args.total_timesteps, sum(m.step for m in self.members.values())
+        self.bar = tqdm(total=total, initial=initial, unit=" steps", disable=None)  # shown on a terminal
         return self
 
     def __exit__(self, *error):
+        self.bar.close()
         self.file.close()
 
     def record(self, event, **content):
@@ -446,9 +448,6 @@ class Population:
         os.fsync(self.file.fileno())
         self.apply(json.loads(line))
 
-    def done(self, member):
-        return member.step >= self.args.total_timesteps
-
     def checkpoint(self, leg):
         return self.folder / leg / "checkpoint.pt"
 
@@ -456,24 +455,9 @@ class Population:
         """The legs from the first to this one, through all copies."""
         return [*self.lineage(self.legs[leg]["source"]), leg] if leg else []
 
-    def next_leg(self, member):
-        """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
-        is that of the whole run, since a script's schedules depend on it; --stop-at-step ends the leg. Every try has a
-        folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
-        args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
-        target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)
-        hyper = next((hyper for step, hyper in self.schedule if step >= target), member.hyper)
-        leg = {"member": member.id, "leg": name, "source": member.leg, "hyper": hyper, "seed": member.seed}
-        common = {"env_id": args.env_id} if args.env_id else {}
-        flags = {"total_timesteps": args.total_timesteps, "stop_at_step": target, "checkpoint_every": args.interval}
-        flags |= {"seed": member.seed, "run_dir": self.folder / name, "num_workers": 0}  # the slots are the processes
-        flags |= {"resume": self.checkpoint(member.leg)} if member.leg else {}
-        request = {"log": f"{self.folder / name}.log"}
-        request["train"] = command_line(common | flags | hyper) + args.script_flags
-        if args.score == "evaluation":  # the same episodes for all members, and others after the next interval
-            flags = {"evaluate": self.folder / name, "eval_episodes": args.eval_episodes, "seed": args.seed + target}
-            request["evaluate"] = command_line(common | flags)
-        return leg, request
+
+def readable(values):
+    return ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in values.items())
 
 
 def command_line(flags):

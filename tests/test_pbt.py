@@ -399,16 +399,11 @@ def test_a_leg_that_hangs_is_killed_the_first_ones_too(tmp_path, marks, legs):
     assert len(events(tmp_path / "a", "leg")) == 20
 
 
-def test_once_legs_have_finished_their_median_is_the_limit(monkeypatch):
-    slot, now = Inline(0, pbt.Args(TOY)), time.monotonic()
-    launcher = pbt.Launcher(pbt.Population(pbt.Args(TOY)), [slot])
+def test_once_legs_have_finished_their_median_is_the_limit():
+    population = pbt.Population(pbt.Args(TOY))
     for seconds, limit in (([], 14400), ([1, 1, 1], 60), ([100, 200, 300], 1000), ([10000], 14400)):
-        launcher.population.legs = {i: {"seconds": x} for i, x in enumerate(seconds)}
-        launcher.running[slot] = {"leg": "m00/t001"}, now
-        monkeypatch.setattr(pbt.time, "monotonic", lambda late=limit - 1: now + late)
-        assert launcher.overdue(slot) is None
-        monkeypatch.setattr(pbt.time, "monotonic", lambda late=limit + 1: now + late)
-        assert f"after {limit} s" in launcher.overdue(slot)["error"]
+        population.legs = {i: {"seconds": x} for i, x in enumerate(seconds)}
+        assert population.time_limit() == limit
 
 
 def test_a_damaged_checkpoint_is_left_for_another_members(tmp_path, monkeypatch):
@@ -439,7 +434,7 @@ def test_no_member_restarts_from_the_checkpoint_that_failed():
         recorded.append(content) or setattr(population.members[1], "failures", 2)
     )
     population.legs = {"m00/t001": {}, "m02/t001": {}}
-    pbt.Launcher(population, []).failed(population.members[1], "m01/t002", {"error": "damaged"})
+    population.failed(population.members[1], "m01/t002", {"error": "damaged"})
     assert [c["donor"] for content in recorded for c in content.get("copies", [])] == [2]
 
 
