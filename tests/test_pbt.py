@@ -239,6 +239,12 @@ def test_all_kinds_of_hyperparameters_reach_the_script(tmp_path):
     assert len({tuple(e["hyper"].values()) for e in events(tmp_path / "a", "leg")}) > 4
 
 
+def test_what_legs_print_is_kept_and_the_slots_share_the_gpus(tmp_path):
+    finished(tmp_path / "a", *SMALL, "--gpus", "3,5", "--", "--seconds", 0.05)
+    logs = [path.read_text() for path in (tmp_path / "a").glob("m*/t*.log")]
+    assert len(logs) == 20 and set(logs) == {"CUDA_VISIBLE_DEVICES 3\n", "CUDA_VISIBLE_DEVICES 5\n"}
+
+
 def test_replay_follows_the_winners_schedule(tmp_path):
     finished(tmp_path / "a", *SMALL)
     winner = pbt.load_population(tmp_path / "a")
@@ -529,7 +535,9 @@ def test_a_mistake_is_one_line_before_anything_is_written(tmp_path, flags, messa
 
 
 def test_a_bound_outside_the_scripts_range_is_found_although_no_draw_is(tmp_path):
-    """Of 400 draws none exceeds 0.999: only a look at the bound itself shows it."""
+    """It would end a leg hours later: no member begins with it."""
+    first = pbt.Population(pbt.Args(TOY, population=4, mutate=[SMALL[-1], "units:cat:16,32,many"])).members.values()
+    assert {m.hyper["units"] for m in first} <= {"16", "32"}
     err = refused(tmp_path / "a", *SMALL, "--mutate", "units:cat:16,32,many")
     assert "--mutate units:cat:16,32,many: toy_script.py: argument --units: invalid int value: 'many'" in err
 

@@ -79,6 +79,7 @@ def train(args):
     state = {"step": 0, "x": 0.0, "noise": []}
     if args.resume:
         state = load(args.resume)
+    print("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
     trouble(args)
     time.sleep(args.seconds)
     args.run_dir.mkdir(parents=True)
