@@ -426,8 +426,9 @@ class Population:
         except OSError as error:
             busy = isinstance(error, BlockingIOError)
             raise UserError(f"{self.folder}: {'another launcher is using it' if busy else error.strerror}") from error
+        check_folder(self.args)  # once more, since nobody else can write now; without --resume no leg has finished here
         events, size = read_events(self.folder) if self.args.resume else ([], 0)
-        self.file.truncate(size)  # without --resume no leg has finished here, or check_folder would have refused
+        self.file.truncate(size)
         for event in events:
             self.apply(event)
         if not events:
@@ -453,7 +454,11 @@ class Population:
 
     def lineage(self, leg):
         """The legs from the first to this one, through all copies."""
-        return [*self.lineage(self.legs[leg]["source"]), leg] if leg else []
+        chain = []
+        while leg:
+            chain.append(leg)
+            leg = self.legs[leg]["source"]
+        return chain[::-1]
 
 
 def readable(values):
@@ -539,6 +544,8 @@ class Script:
         except (Exception, SystemExit) as error:
             kind = type(error).__name__  # the script's UserError is another class than ours
             text = first_line(error) if kind in ("UserError", "RunFailed") else f"{kind}: {first_line(error)}"
+            if kind == "SystemExit":  # argparse has said why to the log, if anywhere
+                text = f"it ends with status {error} at {shlex.join(request.get('check') or request['train'])}"
             return {"error": f"{Path(self.path).name}: {text}", "mistake": kind in ("UserError", "SystemExit")}
 
 

@@ -228,6 +228,12 @@ def test_half_an_event_did_not_happen(tmp_path, monkeypatch):
     assert decisions(tmp_path / "a") == before and len(events(tmp_path / "a")) == len(lines)
 
 
+def test_the_lineage_of_a_population_with_many_legs():
+    population = pbt.Population(pbt.Args(TOY))
+    population.legs = {f"{i}": {"source": f"{i - 1}" if i else None} for i in range(5000)}
+    assert population.lineage("4999") == [str(i) for i in range(5000)]
+
+
 def test_one_member_never_exploits(tmp_path):
     finished(tmp_path / "a", *SMALL, "--population", 1)
     assert len(events(tmp_path / "a", "decide")) == 4 and not [e for e in events(tmp_path / "a") if e.get("copies")]
@@ -552,7 +558,9 @@ def test_a_mistake_that_only_the_first_leg_shows_leaves_a_folder_that_is_free(tm
 def test_scripts_that_cannot_be_members(tmp_path):
     assert "there is no script no_such_script.py" in refused(tmp_path / "a", *SMALL, script="no_such_script.py")
     sources = {"import no_such_module": "ModuleNotFoundError: No module named 'no_such_module'"}
-    sources |= {"x = 1": "has no attribute 'parse_args'", "import sys; sys.exit(3)": "SystemExit: 3"}
+    sources |= {"x = 1": "has no attribute 'parse_args'", "import sys; sys.exit(3)": "it ends with status 3"}
+    argparse = "import argparse\nparse_args = lambda argv: argparse.ArgumentParser().parse_args(argv)"
+    sources[argparse] = "it ends with status 2 at --total-timesteps=500"
     for i, (source, message) in enumerate(sources.items()):
         script = tmp_path / f"script{i}.py"
         script.write_text(source)
@@ -572,6 +580,10 @@ def test_a_folder_belongs_to_one_population(tmp_path):
         assert "another launcher is using it" in refused(tmp_path / "b", *SMALL)
         assert events(tmp_path / "b", "args")
     finished(tmp_path / "b", *SMALL)
+    before = events(tmp_path / "b")
+    with pytest.raises(pbt.UserError, match="holds a population"), population:  # it began while there were no legs yet
+        pass
+    assert events(tmp_path / "b") == before
 
 
 def test_a_folder_of_a_single_run_is_called_that(tmp_path):
