@@ -1,147 +1,130 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==4.0.0",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "matplotlib==3.11.2",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
-"""Population Based Training (Jaderberg et al. 2017, arXiv 1711.09846; notes §2.4) over any script of this project.
+"""Population Based Training (Jaderberg et al. 2017, arXiv 1711.09846) over any script of this project.
 
-A population {(theta_j, h_j)} of parameters and hyperparameters is trained side by side. Every --interval steps:
+Which hyperparameters are good is not known beforehand, and it changes while a policy learns: a step size that is right
+at the start may be wrong at the end. Random search trains many members, each with settings of its own that never
+change, and keeps the best. What the others cost is lost. PBT trains the same members side by side and lets them learn
+from each other. After every --interval steps:
 
-    eval       score = mean raw return of the episodes that ended since the last time, at most 100
-    exploit    a member in the bottom quantile takes a checkpoint (weights, optimiser, normalisers, adaptive
-               coefficients) AND hyperparameters of a member drawn uniformly from the top quantile
-    explore    each of the copied hyperparameters is multiplied by 0.8 or 1.2, or drawn anew from its prior
+    score      each member by the mean raw return of the episodes that ended since the last time
+    exploit    a member near the bottom copies one near the top: its checkpoint AND its hyperparameters
+    explore    the copy then changes the hyperparameters: times 0.8 or 1.2, or drawn anew from their prior
 
-A *leg* is what one member trains between two decisions. It is a pure function, checkpoint and flags in, checkpoint and
-score out, through the contract that every script keeps (--resume, --run-dir, --seed, --stop-at-step, ...), so the
-launcher knows nothing of the algorithm, and a leg that is lost is simply run again. All that happens is one line each
-in events.jsonl; the launcher's state is the fold of these events (`apply`), which is also how --resume finds it again.
+For the cost of a random search one gets a trained policy, and a schedule of hyperparameters that led to it.
 
-Commands:
+A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
+checkpoint and a score come out. The launcher knows nothing of the algorithm that a script implements, only the flags
+that all scripts share (--resume, --stop-at-step, --run-dir, ...), and a leg that is lost is simply run again. Whatever
+happens is one line in RUN/events.jsonl, and all that the launcher remembers follows from these lines. So --resume goes
+on after any kind of death, and takes the decisions that would have been taken without it.
+
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/hopper --population 8 --slots 2 \\
         --mutate learning_rate:log:1e-5:1e-3 --mutate clip_coef:lin:0.1:0.4
-    python pbt_launcher.py ppo_clip.py ... --resume              # the same command goes on after any kind of death
-    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: the same code, no copies
-    python pbt_launcher.py ppo_clip.py --run-dir pbt/again --replay pbt/hopper --env-id Hopper-v4
-    python pbt_launcher.py ppo_clip.py ... -- --num-envs 16 --num-steps 128      # after --: to the script, unchanged
+    python pbt_launcher.py ppo_clip.py ... --resume              # the same command goes on where it was broken off
+    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: the same code, without copies
+    python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/again --replay pbt/hopper
+    python pbt_launcher.py ppo_clip.py ... -- --num-envs 16 --num-steps 128    # after --: flags for the script
 
---mutate NAME:KIND:... with KIND log or lin (LOW:HIGH), int (LOW:HIGH), cat (A,B,C). Values never leave their bounds.
-gamma and gae_lambda are perturbed as 1 - x: 0.8 x 0.99 would be another problem, 1 - 0.8 x 0.01 is the next horizon.
-
-What it does not tell: the score of the best member is selected, hence optimistic: evaluate best.pt on fresh episodes;
-whether a schedule or a lucky member won: --replay trains the winner's schedule again, with other seeds.
+A population of 8 in 2 slots takes about four times as long as two runs side by side. How to read its result: the best
+score is the highest of many noisy ones, so it is biased upwards; evaluate best.pt on fresh episodes. And a winner may
+have had a good schedule or just luck: --replay trains its schedule again, with other seeds.
 """
 
-import ast
 import contextlib
-import csv
-import dataclasses
-import hashlib
+import fcntl
 import importlib.util
+import io
 import json
 import math
+import multiprocessing
 import os
-import queue
 import shlex
 import shutil
 import signal
+import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import dropwhile, takewhile
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+Repeated = tyro.conf.UseAppendAction[list[str]]
 
 
 @dataclass
 class Args:
     """Population Based Training over a script that keeps this project's contract of flags and run folders."""
 
-    script: tyro.conf.Positional[str]
-    """the training script, e.g. ppo_clip.py"""
-    env_id: str | None = None
-    """passed to the script"""
-    run_dir: str = "pbt"
-    """folder of the whole population; for --executor ray one that every node sees"""
-    total_timesteps: int = 1_000_000
-    """environment steps of each member's run"""
-    population: int = 8
-    """number of members"""
-    interval: int = 50_000
-    """environment steps of a leg, between two decisions"""
-    mutate: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
-    """a hyperparameter to search: NAME:log:LOW:HIGH, NAME:lin:LOW:HIGH, NAME:int:LOW:HIGH or NAME:cat:A,B,C (repeat)"""
-    seed: int = 1
-    """of all draws; member j's first seed is seed + j"""
+    script: tyro.conf.Positional[str]  # the training script, e.g. ppo_clip.py; its own flags follow after --
+    script_flags: tyro.conf.Suppress[list[str]] = field(default_factory=list)  # those flags
+    env_id: str | None = None  # the script's --env-id (default: the script's)
+    run_dir: str = "pbt"  # folder of the whole population; with --executor ray one that every node sees
+    total_timesteps: int = 1_000_000  # environment steps of each member
+    population: int = 8  # number of members
+    interval: int = 50_000  # environment steps between two decisions
+    mutate: Repeated = field(default_factory=list)  # search NAME:KIND:LOW:HIGH (log, lin or int), or NAME:cat:A,B,C
+    seed: int = 1  # all draws follow from it; member j begins with seed + j
 
-    quantile: float = 0.25
-    """truncation selection: the bottom fraction copies from the top fraction; 0: nobody copies, i.e. random search"""
-    selection: Literal["truncation", "tournament"] = "truncation"
-    """tournament: every member meets a random other one, and copies it if it scores higher"""
-    resample_probability: float = 0.25
-    """explore: chance that a hyperparameter is drawn from its prior instead of multiplied by 0.8 or 1.2"""
-    mode: Literal["sync", "async"] = "sync"
-    """sync: decide when all members have finished a leg; reproducible. async: each member as it finishes (the paper)"""
+    score: Literal["training", "evaluation"] = "training"  # evaluation: of fresh episodes with the mean action
+    eval_episodes: int = 10  # with --score evaluation: how many, the same ones for all members
+    quantile: float = 0.25  # the bottom fraction copies from the top one; 0: nobody copies, which is random search
+    selection: Literal["truncation", "tournament"] = "truncation"  # tournament: each meets one other, drawn at random
+    warmup: int = 0  # no member is replaced before this step; early scores tell little
+    min_gap: float = 0.0  # replace a member only if the other's score is higher by at least this much
+    resample_probability: float = 0.25  # explore: the chance of a draw from the prior instead of times 0.8 or 1.2
+    mode: Literal["sync", "async"] = "sync"  # async (the paper): decide about each member as it finishes a leg
 
-    slots: int = 2
-    """legs that run at the same time"""
-    gpus: str = ""
-    """e.g. 0,1: spread the slots over these devices (CUDA_VISIBLE_DEVICES); the script still needs -- --cuda"""
-    executor: Literal["local", "ray"] = "local"
-    """ray (optional package): slots are actors on a Ray cluster"""
-    ray_address: str | None = None
-    """of a running cluster; none: a local one is started"""
-    num_cpus: float = 1.0
-    """ray: CPUs of a slot"""
-    num_gpus: float = 0.0
-    """ray: GPUs of a slot, fractions allowed"""
-    timeout_factor: float = 5.0
-    """a leg that takes this many times the median leg, and more than 60 s, counts as hanging and is killed"""
+    slots: int = 2  # legs that run at the same time
+    gpus: str = ""  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
+    leg_timeout: float = 14400.0  # seconds until a leg hangs; once some have finished, 5 medians do (60 s at least)
+    executor: Literal["local", "ray"] = "local"  # ray (optional package): slots are actors on a Ray cluster
+    ray_address: str | None = None  # HOST:PORT of a running cluster (default: start one on this machine)
+    num_cpus: float = 1.0  # with --executor ray: CPUs of a slot
+    num_gpus: float = 0.0  # with --executor ray: GPUs of a slot, fractions allowed
 
-    resume: bool = False
-    """go on with the population in --run-dir"""
-    replay: str | None = None
-    """no search: every member trains with the schedule of hyperparameters that the winner in this folder had"""
-    dry_run: bool = False
-    """print the commands of the first legs and stop"""
+    resume: bool = False  # go on with the population in --run-dir
+    replay: str | None = None  # no search: every member follows the schedule that the winner in this folder had
 
 
-class UserError(Exception):
-    """The user's mistake: one line on standard error, exit status 2."""
-
-
-class RunFailed(Exception):
-    """The run cannot go on: one line on standard error, exit status 1."""
-
-
-# ==== Exploit and explore: pure functions =============================================================================
-
-
-def ranked(scores):
-    """Members from best to worst. scores: member -> score; None or nan is worst; ties go by the member's number."""
-    return sorted(scores, key=lambda m: (-scores[m] if is_score(scores[m]) else math.inf, m))
+# ==== Score, exploit, explore: what a population does, as pure functions ==============================================
 
 
 def is_score(x):
     return x is not None and not math.isnan(x)
 
 
+def ranked(scores):
+    """Members from best to worst. scores: {member: score}; None and nan are the worst, ties go by the number."""
+    return sorted(scores, key=lambda m: (-scores[m] if is_score(scores[m]) else math.inf, m))
+
+
+def exploit(scores, args, rng):
+    """Who copies whom: {loser: donor}. scores: {member: score}."""
+    if args.quantile == 0 or args.replay:
+        return {}
+    copies = tournament(scores, rng) if args.selection == "tournament" else truncation(scores, args.quantile, rng)
+    # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap.
+    return {m: d for m, d in copies.items() if not is_score(scores[m]) or scores[d] - scores[m] >= args.min_gap}
+
+
 def truncation(scores, quantile, rng):
-    """Truncation selection (paper, section 4.1): {loser: donor}. Top and bottom are disjoint; a donor has a score."""
+    """Truncation selection (paper, section 4.1): each of the bottom fraction copies one of the top fraction, drawn at
+    random. The two do not overlap, and nobody copies a member without a score."""
     order = ranked(scores)
     k = min(math.ceil(len(order) * quantile), len(order) // 2)
     top = [m for m in order[:k] if is_score(scores[m])]
@@ -149,19 +132,20 @@ def truncation(scores, quantile, rng):
 
 
 def tournament(scores, rng):
-    """Binary tournament (paper, section 4.3): {loser: donor}. Every member meets one other, drawn at random."""
+    """Binary tournament (paper, section 4.3): each member meets another, drawn at random, and copies it if it is
+    better. Nobody copies a member that is itself about to copy."""
     copies = {}
     for m in sorted(scores):
         others = [o for o in sorted(scores) if o != m]
         rival = others[rng.integers(len(others))] if others else m
         if is_score(scores[rival]) and ranked({m: scores[m], rival: scores[rival]})[0] == rival != m:
             copies[m] = rival
-    return {m: donor for m, donor in copies.items() if donor not in copies}  # nobody copies what is being replaced
+    return {m: donor for m, donor in copies.items() if donor not in copies}
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One searched hyperparameter: its prior, uniform on its scale, and how it is perturbed."""
+    """One searched hyperparameter. Its prior is uniform on its scale: log, lin, int, or cat (a choice of words)."""
 
     name: str
     kind: str
@@ -171,27 +155,30 @@ class Hyperparameter:
 
     @classmethod
     def parse(cls, text):
-        """From the command line's NAME:KIND:LOW:HIGH or NAME:cat:A,B. Raises UserError."""
-        name, _, rest = text.replace("-", "_", text.split(":")[0].count("-")).partition(":")
-        kind, *bounds = rest.split(":")
-        try:
-            if kind == "cat" and len(bounds) == 1:
-                return cls(name, kind, choices=tuple(bounds[0].split(",")))
-            low, high = map(float, bounds)
-            assert kind in ("log", "lin", "int") and low <= high and (kind != "log" or low > 0)
-            assert name not in ("gamma", "gae_lambda") or kind != "log" or high < 1
-            return cls(name, kind, low, high)
-        except (ValueError, AssertionError):
-            usage = "NAME:log:LOW:HIGH, NAME:lin:LOW:HIGH, NAME:int:LOW:HIGH or NAME:cat:A,B"
-            raise UserError(f"--mutate {text}: expected {usage}") from None
+        """From NAME:KIND:LOW:HIGH or NAME:cat:A,B. Raises UserError."""
+        match text.split(":"):
+            case [name, "cat", words] if all(words.split(",")):
+                return cls(name.replace("-", "_"), "cat", choices=tuple(words.split(",")))
+            case [name, "log" | "lin" | "int" as kind, low, high]:
+                with contextlib.suppress(ValueError):  # of float()
+                    h = cls(name.replace("-", "_"), kind, float(low), float(high))
+                    positive, whole = min(h.flip(h.low), h.flip(h.high)) > 0, h.low.is_integer() and h.high.is_integer()
+                    fits = {"log": positive, "lin": True, "int": whole}[kind]
+                    if fits and h.low <= h.high and math.isfinite(h.high - h.low):
+                        return h
+        raise UserError(
+            f"--mutate {text}: expected NAME:log:LOW:HIGH, NAME:lin:LOW:HIGH, NAME:int:LOW:HIGH or NAME:cat:A,B; "
+            "bounds above 0 for log (below 1 for gamma and gae_lambda), and whole for int"
+        )
+
+    def flip(self, x):
+        """gamma and gae_lambda are searched as 1 - x, because 1 / (1 - gamma) is the horizon. 0.8 * 0.99 would be
+        another problem; 1 - 0.8 * 0.01 is the next horizon. Applied twice, flip is the identity."""
+        return 1 - x if self.name in ("gamma", "gae_lambda") else x
 
     def inside(self, x):
         x = min(max(x, self.low), self.high)
         return round(x) if self.kind == "int" else x
-
-    def flip(self, x):
-        """gamma and gae_lambda live on the scale of 1 - x; applied twice it is the identity."""
-        return 1 - x if self.name in ("gamma", "gae_lambda") else x
 
     def sample(self, rng):
         """A draw from the prior."""
@@ -200,13 +187,12 @@ class Hyperparameter:
         if self.kind == "int":
             return int(rng.integers(round(self.low), round(self.high) + 1))
         ends = sorted((self.flip(self.low), self.flip(self.high)))
-        if self.kind == "log":
-            return self.inside(self.flip(float(np.exp(rng.uniform(*np.log(ends))))))
-        return self.inside(self.flip(float(rng.uniform(*ends))))
+        x = np.exp(rng.uniform(*np.log(ends))) if self.kind == "log" else rng.uniform(*ends)
+        return self.inside(self.flip(float(x)))
 
     def perturb(self, x, rng):
-        """x times 0.8 or 1.2 within the bounds; an integer moves by one at least, a category to a neighbour, and 0,
-        which no factor moves, is drawn anew."""
+        """x times 0.8 or 1.2, within the bounds (paper, section 4.1). An integer moves by at least 1, a category to a
+        neighbour; 0, which no factor would ever move, is drawn anew."""
         up = rng.random() < 0.5
         if self.kind == "cat":
             index = self.choices.index(x) + (1 if up else -1)
@@ -220,7 +206,7 @@ class Hyperparameter:
 
 
 def explore(values, hyperparameters, resample_probability, rng):
-    """A copy's hyperparameters: each perturbed, or drawn from its prior with the given probability."""
+    """A copy's hyperparameters, from the donor's {name: value}: each perturbed or, sometimes, drawn from its prior."""
     new = {}
     for h in hyperparameters:
         resample = rng.random() < resample_probability
@@ -228,57 +214,243 @@ def explore(values, hyperparameters, resample_probability, rng):
     return new
 
 
-# ==== The population: a fold over events ==============================================================================
+# ==== The loop ========================================================================================================
+
+
+def train(args):
+    """Train a population to its end. Returns a summary. Raises UserError before anything is written.
+
+    A member is ready, then trains a leg in a slot, then waits for the decision about it, and is ready again: as itself,
+    or as a copy of another one."""
+    population, running, signals = Population(args), {}, []  # running: slot -> its leg, and when that started
+
+    def note(number, frame):  # for the loop to look at; a second signal kills
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    with contextlib.ExitStack() as at_the_end:
+        slots = ray_slots(args) if args.executor == "ray" else [LocalSlot(i, args) for i in range(args.slots)]
+        at_the_end.callback(lambda: [slot.kill() for slot in slots])
+        check_flags(population, slots[0], signals)
+        at_the_end.enter_context(population)
+        while not signals and not all(map(population.done, population.members.values())):
+            free = [slot for slot in slots if slot not in running and slot.available()]
+            for slot, member in zip(free, population.ready(running.values()), strict=False):
+                leg, request = population.next_leg(member)
+                shutil.rmtree(population.folder / leg["leg"], ignore_errors=True)  # left by a launcher that was killed
+                running[slot] = leg, time.monotonic()
+                slot.start(request)
+            for slot, (leg, started) in list(running.items()):
+                result, seconds = slot.poll(), time.monotonic() - started
+                if result is None and seconds > population.time_limit():
+                    slot.kill()
+                    result = {"error": f"{leg['leg']} hung: no result after {seconds:.0f} s (see --leg-timeout)"}
+                if result is not None:
+                    del running[slot]
+                    population.finish(leg | {"seconds": seconds}, result)
+            if members := population.due():
+                population.decide(members)
+            time.sleep(0.02)
+    if population.best:
+        shutil.copy(population.checkpoint(population.best), population.folder / "best.pt")
+        draw(population)
+    summary = {"best": os.path.relpath(population.folder / "best.pt"), "leg": population.best}
+    summary["score"] = population.legs[population.best]["score"] if population.best else None
+    return summary | {"signal": signals[0] if signals else None}
+
+
+# ==== The population: its members, its decisions, and its memory ======================================================
 
 
 @dataclass
 class Member:
-    """What the launcher knows of one member."""
+    """What is known of one member."""
 
     id: int
     hyper: dict
     seed: int
     step: int = 0
-    legs: int = 0  # finished ones; after a copy, the donor's
-    tries: int = 0  # legs that this member has run, finished or failed; the next one is named m<id>/t<tries + 1>
-    failures: int = 0  # of the next leg, so far
+    legs: int = 0  # that led to its checkpoint; after a copy, those of the donor
+    decided: int = 0  # what legs was at the last decision; a member that has more waits for the next one
+    tries: int = 0  # legs that it has run itself, finished or failed; the next one is named m<id>/t<tries + 1>
+    failures: int = 0  # of its next leg, so far
     score: float | None = None
-    leg: str | None = None  # whose checkpoint the next leg starts from
-    earlier: str | None = None  # the one before it, should that be damaged
-    parent: int | None = None
+    leg: str | None = None  # whose checkpoint its next leg starts from
+
+
+def generator(args, purpose, *numbers):
+    """Each decision has random numbers of its own, which depend on the seed and on what they are for. So there is no
+    random state to save, and a launcher that was killed draws the same again."""
+    return np.random.default_rng((args.seed, purpose, *numbers))
 
 
 class Population:
-    """Members and finished legs; changed by `apply` alone, so that events.jsonl holds all that there is to know."""
+    """Members and finished legs. At first they follow from the flags, then from the events: only `apply` changes them.
+    So to resume a population is to apply its events once more, and no second way to store it can disagree with them.
+    As a context it holds the file of events, locked, to which `record` appends."""
 
-    def __init__(self):
-        self.members, self.legs, self.generations, self.best = {}, {}, 0, None
+    def __init__(self, args):
+        self.args, self.folder = args, Path(args.run_dir).resolve()
+        self.hyperparameters = [Hyperparameter.parse(text) for text in args.mutate]
+        self.schedule = winners_schedule(args.replay) if args.replay else []
+        self.members, self.legs, self.decisions, self.best = {}, {}, 0, None
+        self.failures_in_a_row = 0
+        for j in range(args.population):
+            rng = generator(args, 1, j)
+            self.members[j] = Member(j, {h.name: h.sample(rng) for h in self.hyperparameters}, args.seed + j)
+
+    # ---- what the loop asks ------------------------------------------------------------------------------------------
+
+    def done(self, member):
+        return member.step >= self.args.total_timesteps
+
+    def ready(self, running):
+        """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done. Those
+        with the fewest legs come first, so that with few slots nobody falls behind."""
+        busy = {leg["member"] for leg, _ in running}
+        members = [m for m in self.members.values() if m.id not in busy and m.legs <= m.decided and not self.done(m)]
+        return sorted(members, key=lambda m: m.legs)
+
+    def next_leg(self, member):
+        """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
+        is that of the whole run, since a script's schedules depend on it; --stop-at-step ends the leg. Every try has a
+        folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
+        args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
+        target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)
+        hyper = next((hyper for step, hyper in self.schedule if step >= target), member.hyper)
+        leg = {"member": member.id, "leg": name, "source": member.leg, "hyper": hyper, "seed": member.seed}
+        common = {"env_id": args.env_id} if args.env_id else {}
+        flags = {"total_timesteps": args.total_timesteps, "stop_at_step": target, "checkpoint_every": args.interval}
+        flags |= {"seed": member.seed, "run_dir": self.folder / name, "num_workers": 0}  # the slots are the processes
+        flags |= {"resume": self.checkpoint(member.leg)} if member.leg else {}
+        request = {"log": f"{self.folder / name}.log"}
+        request["train"] = command_line(common | flags | hyper) + args.script_flags
+        if args.score == "evaluation":  # the same episodes for all members, and others after the next interval
+            flags = {"evaluate": self.folder / name, "eval_episodes": args.eval_episodes, "seed": args.seed + target}
+            request["evaluate"] = command_line(common | flags)
+        return leg, request
+
+    def time_limit(self):
+        """Seconds after which a leg hangs. Legs are of about the same length, so that one of five medians is hardly a
+        slow one. Before any has finished, only --leg-timeout can tell."""
+        seconds = [leg["seconds"] for leg in self.legs.values()]
+        return min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
+
+    def due(self):
+        """The members to decide about: those that have finished a leg since the last decision. In sync mode there are
+        none until all have, so that no decision depends on who was faster, and a seed fixes them all."""
+        members = [m for m in self.members.values() if not self.done(m)]
+        waiting = [m for m in members if m.legs > m.decided]
+        return waiting if self.args.mode == "async" or len(waiting) == len(members) else []
+
+    # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def decide(self, members):
+        """Exploit and explore. All copies are one event, so that a crash leaves all of them or none."""
+        rng = generator(self.args, 2, self.decisions)  # purpose 1 are the first draws, 3 are restarts
+        donors = exploit({m.id: m.score for m in self.members.values()}, self.args, rng)
+        losers = [m for m in members if m.id in donors and m.step >= self.args.warmup]
+        copies = [self.copy(m, donors[m.id], rng) for m in losers]
+        self.record("decide", members=[m.id for m in members], copies=copies)
+
+    def copy(self, member, donor, rng):
+        """The change of a member into a copy of the donor: the hyperparameters, explored, and a seed that no one else
+        has, or the two would repeat each other's noise."""
+        hyper = explore(self.members[donor].hyper, self.hyperparameters, self.args.resample_probability, rng)
+        tqdm.write(f"member {member.id} copies member {donor}: {readable(hyper)}", file=sys.stderr)
+        return {"member": member.id, "donor": donor, "hyper": hyper, "seed": int(rng.integers(2**31))}
+
+    def finish(self, leg, result):
+        """Record a leg's result, and delete the checkpoints that no next leg starts from."""
+        if "error" not in result and (result["signal"] or not self.checkpoint(leg["leg"]).exists()):
+            result = {"error": f"{leg['leg']} ended without a checkpoint, signal {result['signal']}"}
+        if "error" in result:
+            self.failed(self.members[leg["member"]], leg["leg"], result)
+            return
+        self.failures_in_a_row = 0
+        returns = [x for x in result["returns"] if is_score(x)]  # raw ones, whatever rewards the script learns from
+        score = statistics.fmean(returns) if returns else None
+        self.record("leg", **leg, step=result["step"], score=score)
+        text = readable({"member": leg["member"], "step": result["step"], "score": score} | leg["hyper"])
+        tqdm.write(text, file=sys.stderr)
+        self.bar.update(sum(m.step for m in self.members.values()) - self.bar.n)
+        # The event is on the disk by now. So a launcher that is killed here does not miss what it has deleted.
+        for unused in self.legs.keys() - {m.leg for m in self.members.values()} - {self.best}:
+            self.checkpoint(unused).unlink(missing_ok=True)
+
+    def failed(self, member, leg, result):
+        """Run a failed leg once more. If it fails again, its checkpoint may be damaged, or its hyperparameters may be
+        impossible: the member becomes a copy of the best one that has another checkpoint."""
+        if result.get("mistake") and not self.legs:
+            raise UserError(result["error"])
+        say(f"member {member.id}: {result['error']}")
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row > 2 * len(self.members):
+            raise RunFailed(f"{self.failures_in_a_row} legs in a row have failed, the last with: {result['error']}")
+        self.record("failed", member=member.id, leg=leg, error=result["error"])
+        others = {m.id: m.score for m in self.members.values() if m.leg not in (None, member.leg)}
+        if member.failures >= 2 and others:
+            copy = self.copy(member, ranked(others)[0], generator(self.args, 3, member.id, member.tries))
+            self.record("decide", members=[], copies=[copy])
+
+    # ---- the memory --------------------------------------------------------------------------------------------------
 
     def apply(self, event):
         """Fold one event, a dict as in events.jsonl, into the state."""
-        kind = event["event"]
-        if kind == "member":
-            self.members[event["id"]] = Member(event["id"], event["hyper"], event["seed"])
-        elif kind == "leg":
-            m = self.members[event["member"]]
-            self.legs[event["leg"]] = {k: event[k] for k in ("step", "score", "sha256", "hyper", "source", "seconds")}
-            m.earlier, m.leg, m.step, m.score = m.leg, event["leg"], event["step"], event["score"]
+        m = self.members[event["member"]] if "member" in event else None
+        if event["event"] == "leg":
+            self.legs[event["leg"]] = event
+            m.leg, m.step, m.score = event["leg"], event["step"], event["score"]
             m.legs, m.tries, m.failures = m.legs + 1, m.tries + 1, 0
             if is_score(m.score) and (self.best is None or m.score > self.legs[self.best]["score"]):
                 self.best = m.leg
-        elif kind == "failed":
-            m = self.members[event["member"]]
+        elif event["event"] == "failed":
             m.tries, m.failures = m.tries + 1, m.failures + 1
-        elif kind == "back":  # the checkpoint is damaged: from the one before it, the last leg again
-            m = self.members[event["member"]]
-            m.leg, m.earlier, m.legs, m.step = m.earlier, None, m.legs - 1, self.legs[m.earlier]["step"]
-        elif kind == "decide":  # all copies of one boundary at once: a crash leaves all of them or none
-            self.generations += event["generation"]
-            before = {j: dataclasses.replace(m) for j, m in self.members.items()}
-            for c in event["copies"]:
-                m, donor = self.members[c["member"]], before.get(c["donor"], Member(0, {}, 0))
-                m.hyper, m.seed, m.parent, m.score, m.failures = c["hyper"], c["seed"], c["donor"], None, 0
-                m.leg, m.earlier, m.step, m.legs = donor.leg, donor.earlier, donor.step, donor.legs
+        elif event["event"] == "decide":
+            before = {j: replace(m) for j, m in self.members.items()}  # a donor may itself become a copy
+            for copy in event["copies"]:
+                m, donor = self.members[copy["member"]], before[copy["donor"]]
+                m.hyper, m.seed, m.score, m.failures = copy["hyper"], copy["seed"], None, 0
+                m.leg, m.step, m.legs = donor.leg, donor.step, donor.legs
+            for j in event["members"]:
+                self.members[j].decided = self.members[j].legs
+            self.decisions += bool(event["members"])
+
+    def __enter__(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / "events.jsonl", "a+b")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = isinstance(error, BlockingIOError)
+            raise UserError(f"{self.folder}: {'another launcher is using it' if busy else error.strerror}") from error
+        check_folder(self.args)  # once more, since nobody else can write now; without --resume no leg has finished here
+        events, size = read_events(self.folder) if self.args.resume else ([], 0)
+        self.file.truncate(size)
+        for event in events:
+            self.apply(event)
+        if not events:
+            self.record("args", args=asdict(self.args))
+        total, initial = len(self.members) * self.args.total_timesteps, sum(m.step for m in self.members.values())
+        self.bar = tqdm(total=total, initial=initial, unit=" steps", disable=None)  # shown on a terminal
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        self.file.close()
+
+    def record(self, event, **content):
+        """Append an event to events.jsonl, wait until it is on the disk, then apply it as a resumed launcher would."""
+        line = json.dumps({"event": event} | content)
+        self.file.write(line.encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.apply(json.loads(line))
+
+    def checkpoint(self, leg):
+        return self.folder / leg / "checkpoint.pt"
 
     def lineage(self, leg):
         """The legs from the first to this one, through all copies."""
@@ -289,164 +461,197 @@ class Population:
         return chain[::-1]
 
 
-class Journal:
-    """events.jsonl, append-only, and state.json, replaced atomically; --resume folds the events again."""
-
-    def __init__(self, run_dir):
-        self.path, self.state, self.population = run_dir / "events.jsonl", run_dir / "state.json", Population()
-        if self.path.exists():
-            whole = [line for line in self.path.read_bytes().splitlines(True) if line.endswith(b"\n")]
-            for line in whole:
-                self.population.apply(json.loads(line))
-            with open(self.path, "r+b") as file:  # half a line is an event that did not happen
-                file.truncate(sum(map(len, whole)))
-        self.file = open(self.path, "a")
-
-    def write(self, event, **content):
-        event = {"event": event, **content}
-        line = json.dumps(event)
-        self.file.write(line + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.population.apply(json.loads(line))
-        population = self.population
-        state = {"generations": population.generations, "best": population.best, "legs": population.legs}
-        state["members"] = {m.id: dataclasses.asdict(m) for m in population.members.values()}
-        temporary = Path(f"{self.state}.tmp")
-        temporary.write_text(json.dumps(state, indent=1))
-        os.replace(temporary, self.state)
+def readable(values):
+    return ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in values.items())
 
 
-# ==== Legs: processes that import the script once and train many times ================================================
+def command_line(flags):
+    return [f"--{name.replace('_', '-')}={x}" for name, x in flags.items()]
 
 
-def serve(script):
-    """A slot's process: read a leg's flags per line from standard input, answer with a line of JSON on standard output.
-    When the launcher dies, standard input ends, and this process kills its group: nothing is left behind."""
-    commands, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the script prints goes to the log, not into the protocol
-    waiting = queue.Queue()
-
-    def listen():
-        for line in commands:
-            waiting.put(json.loads(line))
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=listen, daemon=True).start()
-    run_leg = leg_runner(script)
-    while True:
-        print(json.dumps(run_leg(waiting.get())), file=replies, flush=True)
+def read_events(folder):
+    """The events in a folder, and the bytes they take. Half a line at the end did not happen. Raises UserError."""
+    path = Path(folder) / "events.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    content = content[: content.rfind(b"\n") + 1]
+    try:
+        return [json.loads(line) for line in content.splitlines()], len(content)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
-def leg_runner(script):
-    """A function from a leg's flags to its result. A script that has train(args) and parse_args(argv) is imported,
-    once; any other is started anew for every leg, as a user would. A script that does not tell a leg's own returns is
-    scored by its last episodic_return, in which a copy's first legs still see the donor's episodes."""
-    tree = ast.parse(Path(script).read_text())
-    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if {"train", "parse_args"} <= functions:
-        spec = importlib.util.spec_from_file_location(Path(script).stem, script)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def load_population(folder):
+    """The population in a folder, to look at. Raises UserError if there is none."""
+    events, _ = read_events(folder)
+    if not events:
+        single = (Path(folder) / "checkpoint.pt").exists()
+        raise UserError(f"{folder} holds {'a single run, ' if single else ''}no population")
+    if events[0].get("args", {}).keys() != {f.name for f in fields(Args)}:
+        raise UserError(f"the population in {folder} is of another version of {SCRIPT}.py")
+    population = Population(Args(**events[0]["args"]))
+    for event in events:
+        population.apply(event)
+    return population
 
-    def run_imported(argv):
+
+def winners_schedule(folder):
+    """[(last step, hyperparameters)] of the legs that led to the best one in a folder. Raises UserError."""
+    population = load_population(folder)
+    if population.best is None:
+        raise UserError(f"--replay {folder}: no leg with a score has finished there")
+    chain = [population.legs[leg] for leg in population.lineage(population.best)]
+    return [(leg["step"], leg["hyper"]) for leg in chain] + [(math.inf, chain[-1]["hyper"])]
+
+
+# ==== Legs: what happens in a slot ====================================================================================
+
+
+class Script:
+    """A training script with train(args), evaluate(args) and parse_args(argv)."""
+
+    def __init__(self, path):
+        self.path, self.module = path, None
+
+    def load(self):
+        """Import it, once for all legs: importing torch takes longer than many a leg."""
+        if self.module is None:
+            spec = importlib.util.spec_from_file_location(Path(self.path).stem, self.path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.module = module
+        return self.module
+
+    def answer(self, request):
+        """Do what is requested. Returns a dict: step, returns and signal of a leg, or an error and whether it is a
+        mistake in the flags."""
         try:
-            summary = module.train(module.parse_args(argv))
-        except SystemExit:
-            return {"error": f"it does not take these flags: {shlex.join(argv)}", "mistake": True}
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}", "mistake": type(error).__name__ == "UserError"}
-        returns = summary.get("returns", [summary["episodic_return"]] if "episodic_return" in summary else [])
-        return {"signal": summary.get("signal"), "step": summary["global_step"], "returns": returns}
+            script = self.load()
+            if "check" in request:  # whatever a script can say of its flags without training
+                args = script.parse_args(request["check"])
+                if hasattr(script, "check_args"):
+                    script.check_args(args)
+                if hasattr(script, "make_env"):
+                    script.make_env(args.env_id).close()
+                return {"checked": True}
+            Path(request["log"]).parent.mkdir(parents=True, exist_ok=True)
+            with open(request["log"], "a") as log:
+                os.dup2(log.fileno(), 1)  # what the script prints
+                os.dup2(log.fileno(), 2)
+            summary = script.train(script.parse_args(request["train"]))
+            if "evaluate" in request:
+                summary |= {"returns": script.evaluate(script.parse_args(request["evaluate"]))["returns"]}
+            return {"step": summary["global_step"], "returns": summary["returns"], "signal": summary["signal"]}
+        except (Exception, SystemExit) as error:
+            kind = type(error).__name__  # the script's UserError is another class than ours
+            text = first_line(error) if kind in ("UserError", "RunFailed") else f"{kind}: {first_line(error)}"
+            if kind == "SystemExit":  # argparse has said why to the log, if anywhere
+                text = f"it ends with status {error} at {shlex.join(request.get('check') or request['train'])}"
+            return {"error": f"{Path(self.path).name}: {text}", "mistake": kind in ("UserError", "SystemExit")}
 
-    def run_process(argv):
-        command = [sys.executable, script, *argv]
-        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if process.returncode:
-            lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-            return {"error": lines[-1], "mistake": process.returncode == 2}
-        with open(Path(argv[argv.index("--run-dir") + 1]) / "progress.csv") as file:
-            last = list(csv.DictReader(file))[-1]
-        return {"signal": None, "step": int(last["global_step"]), "returns": [float(last["episodic_return"])]}
 
-    return run_imported if {"train", "parse_args"} <= functions else run_process
+def check_flags(population, slot, signals):
+    """Let the script itself read the flags of a first leg, before anything is written: both ends of each prior, since a
+    bound that the script refuses might be drawn only after hours, then the flags as they are. A slot does it, because
+    only where legs run is there a GPU, say. Raises UserError."""
+    first, trials = population.members[0], []
+    for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
+        trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
+    for name, hyper in [*trials, ("", first.hyper)]:
+        while not slot.available() and not signals:
+            time.sleep(0.02)
+        slot.start({"check": population.next_leg(replace(first, hyper=hyper))[1]["train"]})
+        while (answer := slot.poll()) is None and not signals:
+            time.sleep(0.02)
+        if answer and "error" in answer:
+            raise UserError(name + answer["error"])
+
+
+# ==== Slots: where legs run ===========================================================================================
 
 
 class LocalSlot:
-    """One process on this machine that runs legs; a crash or a kill takes a leg with it and nothing else."""
+    """A process on this machine. A crash takes one leg with it and nothing else. A slot can start, poll and kill a leg;
+    the launcher never waits for it."""
 
     def __init__(self, index, args):
-        self.args, self.log = args, Path(args.run_dir) / f"slot-{index}.log"
-        self.env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.slots))}
-        if args.gpus:
-            devices = args.gpus.split(",")
-            self.env["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
-        self.start_process()
-
-    def start_process(self):
-        command = [sys.executable, __file__, "--serve", self.args.script]
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=self.env, start_new_session=True
-            )
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self.answer = b""
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // args.slots)))
+        # Python clears up the semaphores of a process that was killed, and need not warn of each.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+        devices = args.gpus.split(",")
+        self.script, self.gpu, self.process = args.script, devices[index % len(devices)], None
+        self.available()
 
     def available(self):
-        """Can a leg start here now? A process that died is made anew."""
-        if self.process.poll() is not None:
-            self.start_process()
+        """Can a leg start here now? A process that has died is made anew."""
+        if self.process is None or not self.process.is_alive():
+            context = multiprocessing.get_context("spawn")  # a fork would inherit the other slots' pipes
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=serve, args=(theirs, self.script, self.gpu))
+            self.process.start()
+            theirs.close()
         return True
 
-    def start(self, argv):
-        with contextlib.suppress(BrokenPipeError):  # dead already: poll will say so
-            self.process.stdin.write(json.dumps(argv).encode() + b"\n")
-            self.process.stdin.flush()
+    def start(self, request):
+        with contextlib.suppress(OSError):  # it is dead: poll will say so
+            self.pipe.send(request)
 
     def poll(self):
         """None while the leg runs, then its result."""
-        self.answer += self.process.stdout.read() or b""
-        if b"\n" in self.answer:
-            line, _, self.answer = self.answer.partition(b"\n")
-            return json.loads(line)
-        if self.process.poll() is not None:
-            return {"error": f"the slot's process ended with status {self.process.returncode} (see {self.log})"}
-        return None
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipe.poll():
+                return self.pipe.recv()
+        if self.process.is_alive():
+            return None
+        self.kill()
+        return {"error": f"the leg's process ended with exit code {self.process.exitcode} (-9: killed)"}
 
     def kill(self):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the processes that the script has started
+        self.process.kill()
+        self.process.join()
+
+
+def serve(pipe, path, gpu):
+    """The process of a LocalSlot. When the launcher dies, it kills its group, so that nothing is left behind."""
+    os.setsid()  # a group of its own, which Ctrl-C in the terminal does not reach
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([parent]), os.killpg(0, signal.SIGKILL)), daemon=True).start()
+    for number in range(3):
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    script = Script(path)
+    with contextlib.suppress(Exception, SystemExit):  # import it while the launcher starts; answer tells of an error
+        script.load()
+    while True:
+        pipe.send(script.answer(pipe.recv()))
+
+
+# ==== Ray: slots on many machines =====================================================================================
 
 
 class RaySlot:
-    """An actor on a Ray cluster that runs legs; the same interface. Lost with its worker or node, and made anew."""
+    """An actor on a Ray cluster, with a LocalSlot's interface. It is lost with its worker or node, and then made anew.
+    A task for each leg would import the script each time, and a leg's clock would run while it waits for room."""
 
-    def __init__(self, index, args):
+    def __init__(self, args):
         self.args, self.ray, self.actor = args, sys.modules["ray"], None
 
     def available(self):
-        """Can a leg start here now? Not while the cluster has no room for this slot's actor."""
+        """Can a leg start here now? Not while the cluster has no room for the actor."""
         if self.actor is None:
             options = {"num_cpus": self.args.num_cpus, "num_gpus": self.args.num_gpus}
-            self.actor = self.ray.remote(**options)(RayWorker).remote(str(Path(self.args.script).resolve()))
+            self.actor = self.ray.remote(**options)(Script).remote(str(Path(self.args.script).resolve()))
             self.made = self.actor.__ray_ready__.remote()
-        if not self.ray.wait([self.made], timeout=0)[0]:
-            return False
-        try:
-            self.ray.get(self.made)
-        except self.ray.exceptions.RayError:
-            self.actor = None
-        return self.actor is not None
+        return bool(self.ray.wait([self.made], timeout=0)[0])  # if it died meanwhile, its first leg will fail
 
-    def start(self, argv):
-        self.future = self.actor.leg.remote(argv)
+    def start(self, request):
+        self.future = self.actor.answer.remote(request)
 
     def poll(self):
-        if not self.ray.wait([self.future], timeout=0)[0]:
-            return None
         try:
-            return self.ray.get(self.future)
+            return self.ray.get(self.future) if self.ray.wait([self.future], timeout=0)[0] else None
         except self.ray.exceptions.RayError as error:
             self.actor = None
             return {"error": f"{type(error).__name__}: the leg's worker or node was lost"}
@@ -457,443 +662,213 @@ class RaySlot:
             self.actor = None
 
 
-class RayWorker:
-    def __init__(self, script):
-        self.run_leg = leg_runner(script)
-
-    def leg(self, argv):
-        return self.run_leg(argv)
-
-
-def make_slots(args):
-    """The slots of this run. Raises UserError if Ray is not installed, or a node does not see the run folder."""
-    if args.executor == "local":
-        return [LocalSlot(i, args) for i in range(args.slots)]
+def ray_slots(args):
+    """Slots on a cluster that runs, or on one that is started here. Raises UserError where that cannot work."""
+    address, stderr = args.ray_address, os.dup(2)
+    if address:  # Ray would try a dead address for minutes; one attempt takes 40 s at most
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         import ray
+
+        if address and ":" in address:
+            host, port = address.rsplit(":", 1)
+            socket.create_connection((host, int(port)), timeout=10).close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # while Ray tries, it warns once a second
+        if not ray.is_initialized():
+            how = {"address": address} if address else {"address": "local", "include_dashboard": False}
+            ray.init(**how, log_to_driver=False, logging_level="ERROR")
     except ImportError:
-        raise UserError("--executor ray needs the package: pip install 'ray[default]==2.60.0'") from None
-    ray.cloudpickle.register_pickle_by_value(sys.modules[leg_runner.__module__])
-    if not ray.is_initialized():
-        ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR")
-    probe, script = Path(args.run_dir).resolve() / "probe", Path(args.script).resolve()
-    probe.write_text("seen by every node?")
+        raise UserError("--executor ray needs the package: pip install ray==2.60.0") from None
+    except Exception as error:
+        where = f"--ray-address {address}: no cluster there within a minute" if address else "cannot start Ray"
+        raise UserError(f"{where}: {first_line(error)}") from error
+    finally:
+        os.dup2(stderr, 2)
 
-    @ray.remote(num_cpus=0)
-    def sees():
-        return probe.exists() and script.exists()
-
-    for node in ray.nodes():
-        pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        if node["Alive"] and not ray.get(sees.options(scheduling_strategy=pinned).remote()):
-            raise UserError(f"node {node['NodeManagerAddress']} does not see {probe} and {script}: use a shared folder")
-    return [RaySlot(i, args) for i in range(args.slots)]
-
-
-# ==== The launcher ====================================================================================================
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Launcher:
-    """Runs legs in slots until every member has trained --total-timesteps, and decides between them who copies whom."""
-
-    def __init__(self, args, run_dir):
-        self.args, self.run_dir = args, run_dir
-        self.hyperparameters = [Hyperparameter.parse(text) for text in args.mutate]
-        self.schedule = winners_schedule(args.replay) if args.replay else []
-        self.journal = Journal(self.run_dir)
-        self.population = self.journal.population
-        for j in range(len(self.population.members), args.population):
-            rng = np.random.default_rng((args.seed, j))
-            self.journal.write(
-                "member", id=j, seed=args.seed + j, hyper={h.name: h.sample(rng) for h in self.hyperparameters}
-            )
-        self.slots, self.running, self.stop, self.boards = [], {}, None, {}
-        self.failures_in_a_row = 0
-
-    # ---- what is to be done --------------------------------------------------------------------------------------
-
-    def target(self, member):
-        """The step at which a member's next leg ends: the next multiple of the interval."""
-        return min((member.step // self.args.interval + 1) * self.args.interval, self.args.total_timesteps)
-
-    def finished(self, member):
-        return member.step >= self.args.total_timesteps
-
-    def ready(self):
-        """Members whose next leg can start now. sync: those that have not yet finished this generation's."""
-        busy = {m for m, _, _ in self.running.values()}
-        members = [m for m in self.population.members.values() if m.id not in busy and not self.finished(m)]
-        if self.args.mode == "sync":
-            members = [m for m in members if m.legs <= self.population.generations]
-        return sorted(members, key=lambda m: (m.legs, m.id))
-
-    def flags(self, member):
-        """The command line of a member's next leg, but for the script's name, and the leg's name."""
-        leg = f"m{member.id:02d}/t{member.tries + 1:03d}"
-        flags = {"--env-id": self.args.env_id} if self.args.env_id else {}
-        flags |= {"--total-timesteps": self.args.total_timesteps, "--stop-at-step": self.target(member)}
-        flags |= {"--seed": member.seed, "--checkpoint-every": self.args.interval, "--run-dir": self.run_dir / leg}
-        flags |= {"--resume": self.checkpoint(member.leg)} if member.leg else {}
-        if "num_workers" in Path(self.args.script).read_text():  # the slots are the processes, unless -- says otherwise
-            flags["--num-workers"] = 0
-        flags |= {f"--{name.replace('_', '-')}": x for name, x in self.hyper(member).items()}
-        return [str(x) for pair in flags.items() for x in pair] + self.args.script_flags, leg
-
-    def hyper(self, member):
-        """The hyperparameters of a member's next leg: its own, or those of the schedule that is replayed."""
-        return next((h for end, h in self.schedule if end >= self.target(member)), member.hyper)
-
-    def checkpoint(self, leg):
-        return self.run_dir / leg / "checkpoint.pt"
-
-    def sound(self, leg):
-        """Is this leg's checkpoint still the one that it wrote?"""
-        path = self.checkpoint(leg)
-        return path.exists() and sha256(path) == self.population.legs[leg]["sha256"]
-
-    # ---- decisions -----------------------------------------------------------------------------------------------
-
-    def rng(self, *purpose):
-        """Every decision draws from a generator of its own: nothing to save, and the same draws after --resume."""
-        return np.random.default_rng((self.args.seed, *purpose))
-
-    def decide(self, generation, losers, rng):
-        """Exploit and explore: who of `losers` copies whom. All copies are one event: a crash leaves all or none."""
-        members = self.population.members
-        scores = {m.id: m.score for m in members.values()}
-        if self.args.quantile == 0 or self.schedule:
-            copies = {}
-        elif self.args.selection == "tournament":
-            copies = tournament(scores, rng)
-        else:
-            copies = truncation(scores, self.args.quantile, rng)
-        self.copy({m: d for m, d in copies.items() if m in losers and self.sound(members[d].leg)}, generation, rng)
-
-    def decide_if_due(self):
-        """sync: once all members have finished this generation's leg."""
-        members, generations = self.population.members.values(), self.population.generations
-        due = all(m.legs > generations or self.finished(m) for m in members) and not all(map(self.finished, members))
-        if self.args.mode == "sync" and due:
-            self.decide(1, set(self.population.members), self.rng(1, generations))
-
-    def copy(self, copies, generation, rng):
-        """Write {member: donor}, with the explored hyperparameters and a seed that no one else has."""
-        content = []
-        for m, donor in copies.items():
-            values = self.population.members[donor].hyper
-            hyper = explore(values, self.hyperparameters, self.args.resample_probability, rng)
-            seed = int(rng.integers(2**31))
-            content.append({"member": m, "donor": donor, "hyper": hyper, "seed": seed})
-        if content or generation:
-            self.journal.write("decide", generation=generation, copies=content)
-
-    def replace(self, member):
-        """A member that fails again and again restarts from the best other one; with nobody to copy, from scratch."""
-        scores = {m.id: m.score for m in self.population.members.values() if m.id != member.id and m.leg}
-        donors = [m for m in ranked(scores) if self.sound(self.population.members[m].leg)]
-        rng = self.rng(2, member.id, member.tries)
-        if donors:
-            self.copy({member.id: donors[0]}, 0, rng)
-        else:
-            fresh = {h.name: h.sample(rng) for h in self.hyperparameters}
-            copy = {"member": member.id, "donor": None, "hyper": fresh, "seed": member.seed + self.args.population}
-            self.journal.write("decide", generation=0, copies=[copy])
-
-    # ---- legs ----------------------------------------------------------------------------------------------------
-
-    def start(self, slot, member):
-        while member.leg and not self.sound(member.leg):  # damaged on disk: the one before it, else the best peer
-            self.say(f"member {member.id}: the checkpoint of {member.leg} is damaged")
-            if member.earlier:
-                self.journal.write("back", member=member.id)
-            else:
-                self.replace(member)
-        argv, leg = self.flags(member)
-        shutil.rmtree(self.run_dir / leg, ignore_errors=True)  # what a launcher that was killed left of this leg
-        self.running[slot] = (member.id, leg, time.time())
-        self.slots[slot].start(argv)
-
-    def finish(self, slot, result):
-        """Take a leg's result into the journal."""
-        m, leg, started = self.running.pop(slot)
-        member, checkpoint = self.population.members[m], self.checkpoint(leg)
-        if "error" not in result and (result["signal"] or not checkpoint.exists()):
-            result = {"error": f"the leg was stopped by signal {result['signal']}"}
-        if "error" in result:
-            self.failed(member, leg, result)
-            return
-        self.failures_in_a_row = 0
-        returns = [x for x in result["returns"] if not math.isnan(x)]
-        event = {
-            "member": m, "leg": leg, "step": result["step"], "score": statistics.fmean(returns) if returns else None,
-            "hyper": self.hyper(member), "seed": member.seed, "source": member.leg, "seconds": time.time() - started,
-            "sha256": sha256(checkpoint), "parent": member.parent,
-        }  # fmt: skip
-        self.journal.write("leg", **event)
-        self.keep_best()
-        self.board(event)
-        self.delete_unused()
-        if self.args.mode == "async":
-            self.decide(0, {m}, self.rng(3, m, member.tries))
-
-    def failed(self, member, leg, result):
-        """Retry a failed leg once; then the member restarts from a strong peer. A mistake in the command ends all."""
-        self.say(f"member {member.id}: {result['error']}")
-        if result.get("mistake") and not self.population.legs:
-            raise UserError(f"{self.args.script} says: {result['error']}")
-        if "No space left" in result["error"]:
-            time.sleep(5)
-            return
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row > 2 * self.args.population:
-            raise RunFailed(f"{self.failures_in_a_row} legs in a row have failed, the last with: {result['error']}")
-        self.journal.write("failed", member=member.id, leg=leg, error=result["error"])
-        if member.failures >= 2:
-            self.replace(member)
-
-    def keep_best(self):
-        """best.pt: the checkpoint of the leg with the highest score so far."""
-        best, path = self.population.best, self.run_dir / "best.pt"
-        if best and self.sound(best) and not (path.exists() and sha256(path) == self.population.legs[best]["sha256"]):
-            shutil.copy(self.checkpoint(best), self.run_dir / "best.tmp")
-            os.replace(self.run_dir / "best.tmp", path)
-
-    def delete_unused(self):
-        """Keep what a next leg may start from: at most two checkpoints a member, besides best.pt."""
-        used = {leg for m in self.population.members.values() for leg in (m.leg, m.earlier)}
-        for leg in set(self.population.legs) - used:
-            self.checkpoint(leg).unlink(missing_ok=True)
-
-    def disk_is_full(self):
-        legs = [m.leg for m in self.population.members.values() if m.leg and self.checkpoint(m.leg).exists()]
-        sizes = [self.checkpoint(leg).stat().st_size for leg in legs]
-        return shutil.disk_usage(self.run_dir).free < 3 * self.args.population * max(sizes, default=10**6)
-
-    def kill_hanging(self):
-        seconds = [leg["seconds"] for leg in self.population.legs.values()]
-        if not seconds:
-            return
-        limit = max(60.0, self.args.timeout_factor * statistics.median(seconds))
-        for slot, (_, leg, started) in list(self.running.items()):
-            if time.time() - started > limit:
-                self.slots[slot].kill()
-                self.finish(slot, {"error": f"{leg} hung: no result after {limit:.0f} s"})
-
-    # ---- the loop ------------------------------------------------------------------------------------------------
-
-    def run(self):
-        """Until every member is done. Returns the summary that main prints."""
-        self.slots = make_slots(self.args)
-        self.keep_best()
-        handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            while not self.stop and not all(map(self.finished, self.population.members.values())):
-                free = [i for i, slot in enumerate(self.slots) if i not in self.running and slot.available()]
-                for slot, member in zip(free, self.ready(), strict=False):
-                    if self.disk_is_full():
-                        self.say("the disk is nearly full: waiting for space")
-                        time.sleep(10)
-                        break
-                    self.start(slot, member)
-                for slot in list(self.running):
-                    result = self.slots[slot].poll()
-                    if result is not None:
-                        self.finish(slot, result)
-                        self.table()
-                self.kill_hanging()
-                self.decide_if_due()
-                time.sleep(0.02)
-        finally:
-            for slot in self.slots:
-                slot.kill()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return self.summary()
-
-    def on_signal(self, number, frame):
-        self.stop = number
-
-    def summary(self):
-        best = self.population.best
-        score = self.population.legs[best]["score"] if best else None
-        return {"best": os.path.relpath(self.run_dir / "best.pt"), "score": score, "leg": best, "signal": self.stop}
-
-    # ---- what a person sees --------------------------------------------------------------------------------------
-
-    def say(self, text):
-        print(f"pbt_launcher.py: {text}", file=sys.stderr)
-
-    def table(self):
-        """The members, as they are now; redrawn in place on a terminal, else after every generation."""
-        members, terminal = self.population.members.values(), sys.stderr.isatty()
-        if not terminal and len(self.population.legs) % len(members):
-            return
-        names = [h.name for h in self.hyperparameters]
-        rows = [["member", "step", "score", "parent", *names]]
-        for m in members:
-            values = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in m.hyper.values()]
-            score = "" if not is_score(m.score) else f"{m.score:.1f}"
-            rows.append([str(m.id), str(m.step), score, "" if m.parent is None else str(m.parent), *values])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-        best = self.population.best
-        lines.append(f"best so far: {best}, {self.population.legs[best]['score']:.1f}" if best else "no score yet")
-        if terminal and getattr(self, "drawn", 0):
-            print(f"\x1b[{self.drawn}A\x1b[J", end="", file=sys.stderr)
-        self.drawn = len(lines)
-        print("\n".join(lines), file=sys.stderr)
-
-    def board(self, event):
-        """TensorBoard: one run per member under RUN/tensorboard, with its score and its hyperparameters."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        name = f"m{event['member']:02d}"
-        if name not in self.boards:
-            self.boards[name] = EventFileWriter(str(self.run_dir / "tensorboard" / name))
-        values = {"pbt/score": event["score"]} | {f"pbt/{key}": x for key, x in event["hyper"].items()}
-        values = [Summary.Value(tag=k, simple_value=x) for k, x in values.items() if isinstance(x, int | float)]
-        self.boards[name].add_event(Event(wall_time=time.time(), step=event["step"], summary=Summary(value=values)))
-        self.boards[name].flush()
-
-
-def winners_schedule(folder):
-    """[(last step, hyperparameters)] of the legs from which the best leg in `folder` descends. Raises UserError."""
-    if not (Path(folder) / "events.jsonl").exists():
-        raise UserError(f"--replay {folder}: there is no events.jsonl")
-    population = Journal(Path(folder)).population
-    chain = [population.legs[leg] for leg in population.lineage(population.best)]
-    return [(leg["step"], leg["hyper"]) for leg in chain] + [(math.inf, chain[-1]["hyper"])]
+    # A member may go on anywhere, so all nodes must see the checkpoints of all others: the folder has to be shared.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[Script.__module__])  # nodes need not have this file
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    room = [(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in nodes]
+    if not any(cpus >= args.num_cpus and gpus >= args.num_gpus for cpus, gpus in room):
+        raise UserError(f"--num-cpus {args.num_cpus} --num-gpus {args.num_gpus}: the nodes have (CPUs, GPUs) {room}")
+    run_dir, script = Path(args.run_dir).resolve(), Path(args.script).resolve()
+    parent = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    with tempfile.NamedTemporaryFile(dir=parent) as file:
+        probe = Path(file.name)
+        seen = ray.remote(num_cpus=0)(lambda: probe.exists() and script.exists())
+        for node in nodes:
+            pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if not ray.get(seen.options(scheduling_strategy=pinned).remote()):
+                raise UserError(f"node {node['NodeManagerAddress']} does not see {parent} and {script}: share them")
+    return [RaySlot(args) for _ in range(args.slots)]
 
 
 # ==== Figures =========================================================================================================
 
 
-def draw(run_dir, population, names):
-    """lineage.png: who copied whom, coloured by score. schedule.png: hyperparameters over time, the winner's thick."""
-    import matplotlib
+def draw(population):
+    """lineage.png: who copied whom, and with what score. schedule.png: the hyperparameters of all members. In both, the
+    legs that led to the best score stand out; --replay trains what they did."""
+    import matplotlib.pyplot as plt  # here, because it is slow to import
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
+    legs, winner, searched = population.legs, population.lineage(population.best), population.hyperparameters
+    begin = {name: legs[leg["source"]]["step"] if leg["source"] else 0 for name, leg in legs.items()}
+    scores = [leg["score"] for leg in legs.values() if is_score(leg["score"])]
+    colours = plt.cm.ScalarMappable(plt.Normalize(min(scores), max(scores)), "viridis")
 
-    legs = population.legs
-    member = {leg: int(leg[1:].split("/")[0]) for leg in legs}
-    begin = {leg: legs[x["source"]]["step"] if x["source"] else 0 for leg, x in legs.items()}
-    winner = set(population.lineage(population.best))
-    scores = [x["score"] for x in legs.values() if is_score(x["score"])]
-    colour = plt.cm.viridis
-    norm = plt.Normalize(min(scores, default=0), max(scores, default=1))
+    def finish(figure, axis, name, key):
+        for label, style in key.items():
+            axis.plot([], [], label=label, **style)
+        axis.set(xlabel="environment steps")
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        figure.savefig(population.folder / name, dpi=110)
+        plt.close(figure)
 
-    figure, axis = plt.subplots(figsize=(10, 0.45 * len(population.members) + 1.5))
-    for leg, x in legs.items():
-        row, source = member[leg], x["source"]
-        shade = colour(norm(x["score"])) if is_score(x["score"]) else "0.8"
-        axis.plot([begin[leg], x["step"]], [row, row], color=shade, lw=6 if leg in winner else 3, solid_capstyle="butt")
-        if source and member[source] != row:
-            axis.plot([begin[leg]] * 2, [member[source], row], color="red" if leg in winner else "0.6", lw=1)
-    axis.set(xlabel="environment steps", ylabel="member", yticks=sorted(population.members))
-    figure.colorbar(plt.cm.ScalarMappable(norm, colour), ax=axis, label="score")
-    figure.tight_layout()
-    figure.savefig(run_dir / "lineage.png", dpi=110)
+    figure, axis = plt.subplots(figsize=(10, 0.45 * len(population.members) + 2), layout="constrained")
+    for name, leg in legs.items():
+        row, donor = leg["member"], legs[leg["source"]]["member"] if leg["source"] else leg["member"]
+        colour = colours.to_rgba(leg["score"]) if is_score(leg["score"]) else "0.8"
+        axis.plot(
+            [begin[name], leg["step"]], [row, row], color=colour, lw=9 if name in winner else 3, solid_capstyle="butt"
+        )
+        if donor != row:
+            arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "shrinkA": 0, "shrinkB": 0}
+            arrow |= {"color": "C3" if name in winner else "0.5"}
+            axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=arrow)
+    axis.set(title="Who copied whom", ylabel="member", yticks=sorted(population.members))
+    figure.colorbar(colours, ax=axis, label="score of the leg")
+    key = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
+    finish(figure, axis, "lineage.png", key | {"copy, from donor to member": {"color": "0.5", "marker": ">"}})
+    if not searched:
+        return
 
-    figure, axes = plt.subplots(
-        max(len(names), 1), 1, figsize=(10, 2.2 * max(len(names), 1)), squeeze=False, sharex=True
-    )
-    for name, axis in zip(names, axes[:, 0], strict=False):
-        for leg, x in legs.items():
-            style = {"color": "C3", "lw": 3, "zorder": 3} if leg in winner else {"color": "0.6", "lw": 1}
-            axis.plot([begin[leg], x["step"]], [x["hyper"][name]] * 2, **style)
-        axis.set(ylabel=name)
-    axes[-1, 0].set(xlabel="environment steps")
-    figure.tight_layout()
-    figure.savefig(run_dir / "schedule.png", dpi=110)
+    size = (10, 2.2 * len(searched) + 1)
+    figure, axes = plt.subplots(len(searched), figsize=size, squeeze=False, sharex=True, layout="constrained")
+    thick, thin = {"color": "C3", "lw": 3, "zorder": 3}, {"color": "0.6", "lw": 1}
+    for h, axis in zip(searched, axes[:, 0], strict=True):
+        for name, leg in legs.items():
+            x = leg["hyper"][h.name]
+            y = h.choices.index(x) if h.kind == "cat" else h.flip(x)
+            axis.plot([begin[name], leg["step"]], [y, y], **(thick if name in winner else thin))
+        axis.set(ylabel=h.name if h.flip(0) == 0 else f"1 - {h.name}", yscale="log" if h.kind == "log" else "linear")
+        if h.kind == "cat":
+            axis.set_yticks(range(len(h.choices)), h.choices)
+    axes[0, 0].set(title="Hyperparameters over time")
+    finish(figure, axes[-1, 0], "schedule.png", {"the way to the best score": thick, "other legs": thin})
 
 
-# ==== Arguments and entry =============================================================================================
-
-THIS_PROCESS_ONLY = ("resume", "dry_run", "slots", "gpus", "executor", "ray_address", "num_cpus", "num_gpus", "run_dir")
+# ==== Plumbing: errors, signals, arguments, entry =====================================================================
 
 
-def read_args(argv):
-    """Our Args; what follows -- goes to the script, as args.script_flags."""
+class UserError(Exception):
+    """The user's mistake: one line on standard error, exit status 2."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on: one line on standard error, exit status 1."""
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def say(text):
+    print(f"{SCRIPT}.py: {text}", file=sys.stderr, flush=True)
+
+
+def cli(argv, default=None) -> Args:
+    """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            sys.stdout.flush()
+            raise
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # title, message, rule, help
+        text = dropwhile(lambda line: not line.strip("─-"), lines)
+        raise UserError(" ".join(takewhile(lambda line: line.strip("─-"), text))) from None
+
+
+# Flags about this process, which may change with --resume; and the script's flags that only the launcher sets.
+PROCESS_ONLY = {"resume", "run_dir", "slots", "gpus", "leg_timeout", "executor", "ray_address"}
+PROCESS_ONLY |= {"num_cpus", "num_gpus"}
+OURS = {"env_id", "total_timesteps", "stop_at_step", "seed", "checkpoint_every", "run_dir", "resume", "evaluate"}
+
+
+def parse_args(argv=None) -> Args:
+    """Our flags and, after --, the script's. A replay searches what the population that it replays has searched."""
+    argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    args = tyro.cli(Args, args=argv[:split])
-    args.script_flags = argv[split + 1 :]
+    args = replace(cli(argv[:split]), script_flags=argv[split + 1 :])
+    if args.replay:
+        stored = load_population(args.replay).args
+        if args.mutate or args.interval != stored.interval:
+            raise UserError(f"--replay {args.replay} needs --interval {stored.interval}, and no --mutate")
+        args.mutate = stored.mutate
     return args
 
 
 def check_args(args):
-    """Raise UserError for what cannot work, before anything is written; store the arguments, or compare with them."""
-    for key in ("population", "interval", "total_timesteps", "slots", "timeout_factor"):
-        if not getattr(args, key) > 0:
-            raise UserError(f"{key} must be positive")
-    if not (0 <= args.quantile <= 0.5 and 0 <= args.resample_probability <= 1):
-        raise UserError("quantile must lie in [0, 0.5] and resample_probability in [0, 1]")
+    """Raise UserError for what cannot work. Numbers must be positive and finite where nothing else is said."""
+    lowest = dict.fromkeys(("seed", "quantile", "warmup", "min_gap", "resample_probability", "num_cpus", "num_gpus"), 0)
+    highest = {"quantile": 0.5, "resample_probability": 1}
+    for key, x in vars(args).items():
+        low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
+        if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
+            bounds = "positive" if low == sys.float_info.min else f"{low} or more"
+            raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     if not Path(args.script).is_file():
         raise UserError(f"there is no script {args.script}")
     names = [Hyperparameter.parse(text).name for text in args.mutate]
-    if len(set(names)) < len(names):
-        raise UserError("a hyperparameter is named by --mutate twice")
-    run_dir, kept = Path(args.run_dir), {k: v for k, v in vars(args).items() if k not in THIS_PROCESS_ONLY}
-    if args.dry_run:
-        return
-    if (run_dir / "args.json").exists():
-        if not args.resume:
-            raise UserError(f"{run_dir} holds a population: go on with --resume, or choose another --run-dir")
-        stored = json.loads((run_dir / "args.json").read_text())
-        for key, x in kept.items():
-            if stored.get(key) != x:
-                raise UserError(f"--resume: {key} is {x} here, but {stored.get(key)} in {run_dir}")
-    elif args.resume:
-        raise UserError(f"--resume: there is no population in {run_dir}")
-    if args.replay:
-        winners_schedule(args.replay)
+    given = [x.split("=")[0][2:].replace("-", "_") for x in args.script_flags if x.startswith("--")]
+    for name in names:
+        if name in OURS or (names + given).count(name) > 1:
+            raise UserError(f"--mutate {name}: {'the launcher sets it' if name in OURS else 'it is given twice'}")
+    for name in given:
+        if name in OURS:
+            raise UserError(f"-- --{name.replace('_', '-')}: the launcher sets this flag of the script")
 
 
-def launch(argv=None) -> int:
+def check_folder(args):
+    """A folder belongs to one population, and only with --resume to an earlier process. Raises UserError."""
+    if args.resume:
+        for key, stored in vars(load_population(args.run_dir).args).items():
+            if key not in PROCESS_ONLY and stored != (here := getattr(args, key)):
+                flag = f"--{key.replace('_', '-')}"
+                raise UserError(f"--resume: {flag} is {here} here, but {stored} in {args.run_dir}")
+    elif any(event["event"] == "leg" for event in read_events(args.run_dir)[0]):
+        raise UserError(f"{args.run_dir} holds a population: go on with --resume, or choose another --run-dir")
+    elif (Path(args.run_dir) / "checkpoint.pt").exists():
+        raise UserError(f"{args.run_dir} holds a single run, no population: choose another --run-dir")
+
+
+def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--serve"]:
-        serve(argv[1])
     try:
-        args = read_args(argv)
+        args = parse_args(argv)
         check_args(args)
-        if args.dry_run:
-            return dry_run(args)
-        run_dir = Path(args.run_dir).resolve()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        kept = {k: v for k, v in vars(args).items() if k not in THIS_PROCESS_ONLY}
-        if not args.resume:
-            (run_dir / "args.json").write_text(json.dumps(kept, indent=2) + "\n")
-        launcher = Launcher(args, run_dir)
-        summary = launcher.run()
-    except UserError as error:
-        print(f"pbt_launcher.py: {error}", file=sys.stderr)
-        return 2
-    except (RunFailed, OSError) as error:
-        print(f"pbt_launcher.py: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(summary))
-    if summary["signal"]:
-        print(f"go on with: python {shlex.join([sys.argv[0], *argv])} --resume", file=sys.stderr)
-        return 128 + summary["signal"]
-    if summary["leg"]:
-        draw(run_dir, launcher.population, [h.name for h in launcher.hyperparameters])
-        print(f"evaluate with: python {args.script} --evaluate {summary['best']}", file=sys.stderr)
-    return 0
-
-
-def dry_run(args) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        launcher = Launcher(args, Path(folder))
-        for member in launcher.ready():
-            print(shlex.join(["python", args.script, *launcher.flags(member)[0]]).replace(folder, args.run_dir))
-    return 0
+        check_folder(args)
+        result = train(args)
+    except BrokenPipeError:
+        raise
+    except (UserError, RunFailed, OSError) as error:
+        say(error)
+        return 2 if isinstance(error, UserError) else 1
+    if result["signal"]:
+        split = argv.index("--") if "--" in argv else len(argv)
+        again = [x for x in argv[:split] if x != "--resume"] + ["--resume"] + argv[split:]
+        say(f"to go on:    python {SCRIPT}.py {shlex.join(again)}")
+    elif result["leg"]:
+        say(f"to evaluate: python {args.script} --evaluate {result['best']}")
+    print(json.dumps(result), flush=True)
+    return 128 + result["signal"] if result["signal"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(launch())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

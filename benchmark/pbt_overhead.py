@@ -39,7 +39,7 @@ SCRIPT = (
     + """
 def parse_args(argv):
     parser = argparse.ArgumentParser()
-    for name in ("--total-timesteps", "--stop-at-step", "--seed", "--checkpoint-every"):
+    for name in ("--total-timesteps", "--stop-at-step", "--seed", "--checkpoint-every", "--num-workers"):
         parser.add_argument(name, type=int)
     parser.add_argument("--x", type=float)
     parser.add_argument("--run-dir", type=Path)

@@ -1,11 +1,12 @@
 """The launcher: selection and mutation as pure functions, the paper's toy, and populations that die in every way."""
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,28 +26,39 @@ SMALL = ["--population", "4", "--interval", "100", "--total-timesteps", "500"]
 SMALL += ["--mutate", "learning_rate:log:1e-4:0.1"]
 
 
-def launch(run_dir, *flags, script=TOY, **kwargs):
-    command = [sys.executable, str(ROOT / "pbt_launcher.py"), script, "--run-dir", str(run_dir), *map(str, flags)]
+def launch(run_dir, *flags, **kwargs):
+    """The launcher as a process, for tests that send it signals."""
+    command = [sys.executable, str(ROOT / "pbt_launcher.py"), TOY, "--run-dir", str(run_dir), *map(str, flags)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-def finished(run_dir, *flags, status=0, **kwargs):
-    process = launch(run_dir, *flags, **kwargs)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err
-    return out, err
+def finished(run_dir, *flags, status=0, script=TOY):
+    """The launcher in this process, to its end. Returns what it wrote to standard output and to standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert pbt.main([script, "--run-dir", str(run_dir), *map(str, flags)]) == status, err.getvalue()
+    assert "Traceback" not in err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
-def events(run_dir):
-    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+def refused(run_dir, *flags, **kwargs):
+    """The one line of a command that ends with status 2 before anything is written."""
+    before = run_dir.exists() and sorted(run_dir.iterdir())
+    out, err = finished(run_dir, *flags, status=2, **kwargs)
+    assert (run_dir.exists() and sorted(run_dir.iterdir())) == before
+    assert out == "" and err.count("\n") == 1 and err.startswith("pbt_launcher.py: ")
+    return err
 
 
-def population(run_dir):
+def events(run_dir, kind=None):
+    return [e for e in pbt.read_events(run_dir)[0] if kind in (None, e["event"])]
+
+
+def decisions(run_dir):
     """What two equal runs agree on: members and legs, without durations."""
-    state = json.loads((run_dir / "state.json").read_text())
-    for leg in state["legs"].values():
-        leg.pop("seconds")
-    return state
+    population = pbt.load_population(run_dir)
+    legs = {name: {k: x for k, x in leg.items() if k != "seconds"} for name, leg in population.legs.items()}
+    return population.members, legs, population.best
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -133,11 +145,13 @@ def test_resampling_probability():
     assert 0.7 < np.mean([x in (40.0, 60.0) for x in new]) < 0.8
 
 
-@pytest.mark.parametrize("text", ["x", "x:log:0:1", "x:lin:2:1", "x:cat", "x:what:0:1", "gamma:log:0.9:1", "x:lin:a:b"])
-def test_bad_specifications(text, tmp_path, capsys):
-    assert pbt.launch([TOY, "--run-dir", str(tmp_path / "a"), "--mutate", text]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and text in err and not (tmp_path / "a").exists()
+BAD = ["x", "x:log:0:1", "x:lin:2:1", "x:cat", "x:what:0:1", "gamma:log:0.9:1", "x:lin:a:b", "x:lin:0:inf"]
+BAD += ["x:lin:nan:nan", "x:lin:-inf:inf", "x:int:0.5:2", "x:cat:a,,b", "x:lin:1", "x:lin:1:2:3", "x:int:0:inf"]
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_specifications(text, tmp_path):
+    assert f"--mutate {text}: expected NAME:log:LOW:HIGH" in refused(tmp_path / "a", "--mutate", text)
 
 
 # ---- the paper's toy (its Fig. 2), through the launcher's own selection and mutation ---------------------------------
@@ -170,12 +184,8 @@ def test_the_papers_toy():
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_population_to_its_end(tmp_path, mode):
     out, err = finished(tmp_path / "a", *SMALL, "--mode", mode)
-    summary, log = json.loads(out), events(tmp_path / "a")
-    legs, copies = (
-        [e for e in log if e["event"] == "leg"],
-        [c for e in log if e["event"] == "decide" for c in e["copies"]],
-    )
-    assert len([e for e in log if e["event"] == "member"]) == 4
+    summary, legs = json.loads(out), events(tmp_path / "a", "leg")
+    copies = [c for e in events(tmp_path / "a", "decide") for c in e["copies"]]
     assert summary["score"] == pytest.approx(max(e["score"] for e in legs))
     assert copies and all(c["donor"] != c["member"] for c in copies)
     seeds = [c["seed"] for c in copies] + [1, 2, 3, 4]
@@ -183,224 +193,482 @@ def test_a_population_to_its_end(tmp_path, mode):
     best = json.loads((tmp_path / "a" / "best.pt").read_bytes()[64:])
     assert 1.2 - (best["x"] - 1) ** 2 == pytest.approx(summary["score"])
     names = {p.name for p in (tmp_path / "a").iterdir()}
-    assert {"lineage.png", "schedule.png", "state.json", "tensorboard", "args.json"} <= names
-    assert len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) <= 2 * 4
-    assert "evaluate with: python" in err and "learning_rate" in err
-    final = pbt.Journal(tmp_path / "a").population.members.values()
-    assert {m.step for m in final} == {500}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(tmp_path / "a" / "tensorboard" / "m00")).Reload()
-    assert {"pbt/score", "pbt/learning_rate"} <= set(board.Tags()["scalars"])
+    assert names == {"best.pt", "lineage.png", "schedule.png", "events.jsonl", *(f"m{j:02d}" for j in range(4))}
+    assert len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) <= 4 + 1  # one a member, and the best
+    assert "to evaluate: python" in err and "learning_rate" in err and "copies member" in err
+    assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
 def test_same_seed_same_decisions(tmp_path):
     for name, slots in (("a", 1), ("b", 3)):
         finished(tmp_path / name, *SMALL, "--slots", slots)
-    assert population(tmp_path / "a") == population(tmp_path / "b")
+    assert decisions(tmp_path / "a") == decisions(tmp_path / "b")
     finished(tmp_path / "c", *SMALL, "--seed", 2)
-    assert population(tmp_path / "a") != population(tmp_path / "c")
+    assert decisions(tmp_path / "a") != decisions(tmp_path / "c")
 
 
-def test_events_replay_to_the_same_state(tmp_path):
-    finished(tmp_path / "a", *SMALL)
-    (tmp_path / "b").mkdir()
+def test_no_two_purposes_share_random_numbers():
+    """NOTE: default_rng((1, 2)) and default_rng((1, 2, 0)) are the same generator."""
+    args = pbt.Args(TOY)
+    keys = (
+        [(1, j) for j in range(4)] + [(2, n) for n in range(4)] + [(3, j, tries) for j in range(3) for tries in (2, 3)]
+    )
+    assert len({pbt.generator(args, *key).integers(2**62) for key in keys}) == len(keys)
+
+
+def test_half_an_event_did_not_happen(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok: None)  # killed before it deleted anything
+        finished(tmp_path / "a", *SMALL)
     whole = (tmp_path / "a" / "events.jsonl").read_bytes()
-    (tmp_path / "b" / "events.jsonl").write_bytes(whole + whole[:50].rstrip(b"\n"))  # and half an event
-    journal = pbt.Journal(tmp_path / "b")
-    stored = json.loads((tmp_path / "a" / "state.json").read_text())
-    assert {str(m.id): vars(m) for m in journal.population.members.values()} == stored["members"]
-    assert journal.population.legs == stored["legs"] and journal.population.best == stored["best"]
-    assert (tmp_path / "b" / "events.jsonl").read_bytes() == whole
+    lines = whole.splitlines(True)
+    before = decisions(tmp_path / "a")
+    (tmp_path / "a" / "events.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # killed while it was written
+    finished(tmp_path / "a", *SMALL, "--resume")
+    assert decisions(tmp_path / "a") == before and len(events(tmp_path / "a")) == len(lines)
+
+
+def test_the_lineage_of_a_population_with_many_legs():
+    population = pbt.Population(pbt.Args(TOY))
+    population.legs = {f"{i}": {"source": f"{i - 1}" if i else None} for i in range(5000)}
+    assert population.lineage("4999") == [str(i) for i in range(5000)]
 
 
 def test_one_member_never_exploits(tmp_path):
     finished(tmp_path / "a", *SMALL, "--population", 1)
-    assert not [c for e in events(tmp_path / "a") if e["event"] == "decide" for c in e["copies"]]
+    assert len(events(tmp_path / "a", "decide")) == 4 and not [e for e in events(tmp_path / "a") if e.get("copies")]
 
 
 def test_all_kinds_of_hyperparameters_reach_the_script(tmp_path):
-    finished(tmp_path / "a", *SMALL, "--mutate", "units:int:16:256", "--mutate", "activation:cat:tanh,relu")
-    assert len({tuple(e["hyper"].values()) for e in events(tmp_path / "a") if e["event"] == "leg"}) > 4
+    flags = ["--mutate", "units:int:16:256", "--mutate", "activation:cat:tanh,relu"]
+    finished(tmp_path / "a", *SMALL, *flags)
+    assert len({tuple(e["hyper"].values()) for e in events(tmp_path / "a", "leg")}) > 4
 
 
-def test_dry_run_prints_and_writes_nothing(tmp_path):
-    out, _ = finished(tmp_path / "a", *SMALL, "--dry-run", "--", "--seconds", 0.5)
-    lines = out.splitlines()
-    assert len(lines) == 4 and all("--learning-rate" in line and line.endswith("--seconds 0.5") for line in lines)
-    assert not (tmp_path / "a").exists()
+def test_what_legs_print_is_kept_and_the_slots_share_the_gpus(tmp_path):
+    finished(tmp_path / "a", *SMALL, "--gpus", "3,5", "--", "--seconds", 0.05)
+    logs = [path.read_text() for path in (tmp_path / "a").glob("m*/t*.log")]
+    assert len(logs) == 20 and set(logs) == {"CUDA_VISIBLE_DEVICES 3\n", "CUDA_VISIBLE_DEVICES 5\n"}
 
 
 def test_replay_follows_the_winners_schedule(tmp_path):
     finished(tmp_path / "a", *SMALL)
-    journal = pbt.Journal(tmp_path / "a")
-    chain = [journal.population.legs[leg] for leg in journal.population.lineage(journal.population.best)]
-    finished(tmp_path / "b", *SMALL, "--population", 2, "--replay", tmp_path / "a", "--seed", 9)
+    winner = pbt.load_population(tmp_path / "a")
+    chain = [winner.legs[leg] for leg in winner.lineage(winner.best)]
+    content = (tmp_path / "a" / "events.jsonl").read_bytes()
+    flags = ["--interval", 100, "--total-timesteps", 500, "--population", 2, "--replay", tmp_path / "a", "--seed", 9]
+    finished(tmp_path / "b", *flags)
     for m in (0, 1):
-        legs = [e for e in events(tmp_path / "b") if e["event"] == "leg" and e["member"] == m]
+        legs = [e for e in events(tmp_path / "b", "leg") if e["member"] == m]
         assert [e["hyper"] for e in legs] == [leg["hyper"] for leg in chain]
         assert {e["seed"] for e in legs} == {9 + m}
+    assert (tmp_path / "a" / "events.jsonl").read_bytes() == content
+    assert "needs --interval 100, and no --mutate" in refused(tmp_path / "c", *flags[2:])
+    assert "needs --interval 100, and no --mutate" in refused(tmp_path / "c", *flags, "--mutate", "units:int:1:2")
 
 
-def test_a_script_without_train_runs_as_a_process_per_leg(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(Path(TOY).read_text().replace("def train(", "def learn(").replace("train(parse", "learn(parse"))
-    finished(tmp_path / "a", *SMALL, script=str(script))
+def test_nobody_copies_during_the_warmup(tmp_path):
+    finished(tmp_path / "a", *SMALL, "--warmup", 300)
+    steps = [[c["member"] for c in e["copies"]] for e in events(tmp_path / "a", "decide")]
+    assert len(steps) == 4 and steps[:2] == [[], []] and steps[2] and steps[3]
+
+
+def test_a_small_lead_is_not_copied(tmp_path):
+    for name, gap in (("small", 1e-9), ("large", 100)):
+        finished(tmp_path / name, *SMALL, "--min-gap", gap)
+    small, large = ([c for e in events(tmp_path / x, "decide") for c in e["copies"]] for x in ("small", "large"))
+    assert small and not large
+
+
+@pytest.mark.parametrize("selection", ["truncation", "tournament"])
+def test_the_gap_holds_for_both_selections_but_a_member_without_a_score_is_replaced(selection):
+    args = pbt.Args(TOY, selection=selection, min_gap=1.0, quantile=0.5)
+    scores, seen = {0: 3.0, 1: 2.5, 2: 2.0, 3: None}, set()
+    for seed in range(50):
+        seen |= set(pbt.exploit(scores, args, np.random.default_rng(seed)).items())
+    assert seen == {(2, 0), (3, 0), (3, 1)} | ({(3, 2)} if selection == "tournament" else set())
+    assert pbt.exploit(scores, pbt.Args(TOY, quantile=0), np.random.default_rng(0)) == {}
+
+
+def test_scores_by_evaluation(tmp_path):
+    finished(tmp_path / "a", *SMALL, "--score", "evaluation", "--eval-episodes", 3)
     finished(tmp_path / "b", *SMALL)
-    a, b = ([(e["member"], e["score"]) for e in events(tmp_path / x) if e["event"] == "leg"] for x in "ab")
-    assert sorted(a) == sorted(b)
+    scores = [{e["leg"]: e["score"] for e in events(tmp_path / x, "leg") if e["step"] == 100} for x in "ab"]
+    assert len(scores[0]) == 4
+    assert {leg: score - 1001 for leg, score in scores[0].items()} == pytest.approx(scores[1])  # 1000 + mean of 0, 1, 2
+
+
+def test_evaluation_meets_the_same_episodes_in_all_members():
+    population = pbt.Population(pbt.Args(TOY, score="evaluation", interval=100))
+    seeds = [population.next_leg(m)[1]["evaluate"][-1] for m in population.members.values()]
+    assert set(seeds) == {"--seed=101"}
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that draw() has saved, by name."""
+    import matplotlib.figure
+
+    figures, save = {}, matplotlib.figure.Figure.savefig
+
+    def savefig(figure, path, **kwargs):
+        figures[path.name] = figure
+        save(figure, path, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return figures
+
+
+def words(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_figures(tmp_path, drawn):
+    flags = ["--mutate", "units:int:16:256", "--mutate", "activation:cat:tanh,relu", "--mutate", "gamma:log:0.9:0.999"]
+    finished(tmp_path / "a", *SMALL, *flags)
+    axis = drawn["lineage.png"].axes[0]
+    assert axis.get_title() and len(words(drawn["lineage.png"])) == 3
+    copies = [(c["donor"], c["member"]) for e in events(tmp_path / "a", "decide") for c in e["copies"]]
+    arrows = [(round(text.xyann[1]), round(text.xy[1])) for text in axis.texts]
+    assert sorted(arrows) == sorted(copies)  # from the donor to the member
+    schedule = drawn["schedule.png"]
+    assert [x.get_ylabel() for x in schedule.axes] == ["learning_rate", "units", "activation", "1 - gamma"]
+    assert [x.get_yscale() for x in schedule.axes] == ["log", "linear", "linear", "log"]
+    assert [x.get_text() for x in schedule.axes[2].get_yticklabels()] == ["tanh", "relu"]
+    assert schedule.axes[0].get_title() and len(words(schedule)) == 2
+    assert all(len(x.lines) >= len(events(tmp_path / "a", "leg")) for x in schedule.axes)
+
+
+def test_a_replay_has_a_schedule_to_show(tmp_path, drawn):
+    finished(tmp_path / "a", *SMALL)
+    flags = ["--interval", 100, "--total-timesteps", 500, "--population", 2, "--replay", tmp_path / "a"]
+    finished(tmp_path / "b", *flags)
+    (axis,) = drawn["schedule.png"].axes
+    assert axis.get_ylabel() == "learning_rate" and len(axis.lines) == 10 + 2 and axis.get_yscale() == "log"
 
 
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def marks(tmp_path):
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
+
+
 @pytest.mark.parametrize("kind", ["crash", "error", "full"])
-def test_a_leg_that_fails_once_is_run_again(tmp_path, kind):
-    (tmp_path / "marks").mkdir()
-    (tmp_path / "marks" / kind).touch()
-    finished(tmp_path / "a", *SMALL, "--", "--trouble", kind, "--marks", tmp_path / "marks")
+def test_a_leg_that_fails_once_is_run_again(tmp_path, marks, kind):
+    (marks / kind).touch()
+    finished(tmp_path / "a", *SMALL, "--", "--trouble", kind, "--marks", marks)
     finished(tmp_path / "b", *SMALL)
-    failed = [e for e in events(tmp_path / "a") if e["event"] == "failed"]
-    assert len(failed) == (0 if kind == "full" else 1)
-    results = [
-        sorted((e["member"], e["step"], e["score"]) for e in events(tmp_path / x) if e["event"] == "leg") for x in "ab"
-    ]
-    assert results[0] == results[1]
+    assert len(events(tmp_path / "a", "failed")) == 1
+    a, b = (sorted((e["member"], e["step"], e["score"]) for e in events(tmp_path / x, "leg")) for x in "ab")
+    assert a == b
 
 
-def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path):
-    (tmp_path / "marks").mkdir()
-    process = launch(tmp_path / "a", *SMALL, "--slots", 1, "--", "--trouble", "error", "--marks", tmp_path / "marks")
-    while len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) < 4:
-        time.sleep(0.01)
-        assert process.poll() is None
-    for i in range(2):
-        (tmp_path / "marks" / f"error{i}").touch()
-    assert process.wait(timeout=120) == 0
-    members = [e["member"] for e in events(tmp_path / "a") if e["event"] == "failed"]
-    assert len(members) == 2 and {m.step for m in pbt.Journal(tmp_path / "a").population.members.values()} == {500}
+def trouble_after(legs, run_dir, marks, *names):
+    """A thread that leaves marks once so many legs have finished."""
+
+    def wait():
+        while len(list(run_dir.glob("m*/*/checkpoint.pt"))) < legs:
+            time.sleep(0.005)
+        for name in names:
+            (marks / name).touch()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
 
 
-def test_a_leg_that_hangs_is_killed(tmp_path, monkeypatch):
-    (tmp_path / "marks").mkdir()
-    source = (ROOT / "pbt_launcher.py").read_text().replace("limit = max(60.0,", "limit = max(3.0,")
-    (tmp_path / "launcher.py").write_text(source)
-    command = [sys.executable, str(tmp_path / "launcher.py"), TOY, "--run-dir", str(tmp_path / "a"), *SMALL]
-    command += ["--", "--trouble", "hang", "--marks", str(tmp_path / "marks")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) < 3:
-        time.sleep(0.01)
-    (tmp_path / "marks" / "hang").touch()
-    assert process.wait(timeout=120) == 0
-    assert [e["error"] for e in events(tmp_path / "a") if e["event"] == "failed"][0].count("hung") == 1
+def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path, marks):
+    thread = trouble_after(4, tmp_path / "a", marks, "error0", "error1")
+    flags = ["--slots", 1, "--", "--trouble", "error", "--marks", marks, "--seconds", 0.05]
+    _, err = finished(tmp_path / "a", *SMALL, *flags)
+    thread.join()
+    members = [e["member"] for e in events(tmp_path / "a", "failed")]
+    assert len(members) == 2 and "RuntimeError: an error, as planned" in err
+    assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path):
-    finished(tmp_path / "a", *SMALL, "--quantile", 0)
+def test_legs_that_all_fail_end_the_run(tmp_path, marks):
+    for i in range(100):
+        (marks / f"error{i}").touch()
+    _, err = finished(tmp_path / "a", *SMALL, "--", "--trouble", "error", "--marks", marks, status=1)
+    assert "9 legs in a row have failed, the last with: toy_script.py: RuntimeError: an error" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("legs", [0, 3])
+def test_a_leg_that_hangs_is_killed_the_first_ones_too(tmp_path, marks, legs):
+    thread = trouble_after(legs, tmp_path / "a", marks, "hang")
+    flags = ["--leg-timeout", 2, "--", "--trouble", "hang", "--marks", marks, "--seconds", 0.05]
+    finished(tmp_path / "a", *SMALL, *flags)
+    thread.join()
+    (failed,) = events(tmp_path / "a", "failed")
+    assert "hung: no result after 2 s (see --leg-timeout)" in failed["error"]
+    assert len(events(tmp_path / "a", "leg")) == 20
+
+
+def test_once_legs_have_finished_their_median_is_the_limit():
+    population = pbt.Population(pbt.Args(TOY))
+    for seconds, limit in (([], 14400), ([1, 1, 1], 60), ([100, 200, 300], 1000), ([10000], 14400)):
+        population.legs = {i: {"seconds": x} for i, x in enumerate(seconds)}
+        assert population.time_limit() == limit
+
+
+def test_a_damaged_checkpoint_is_left_for_another_members(tmp_path, monkeypatch):
+    """The script notices the damage. A member whose leg fails twice goes on from another checkpoint."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok: None)
+        finished(tmp_path / "a", *SMALL, "--quantile", 0)
     lines = (tmp_path / "a" / "events.jsonl").read_bytes().splitlines(True)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    kept = [line for line in lines if b'"step": 500' not in line and b'"leg", "member"' not in line[:0]]
-    (tmp_path / "b" / "events.jsonl").write_bytes(b"".join(kept))  # as if killed before the last generation
-    population = pbt.Journal(tmp_path / "b").population
-    for m, harm in ((0, b"damaged"), (1, b"")):
-        (tmp_path / "b" / population.members[m].leg / "checkpoint.pt").write_bytes(harm)
-    out, err = finished(tmp_path / "b", *SMALL, "--quantile", 0, "--resume")
-    assert err.count("is damaged") >= 2
-    log = events(tmp_path / "b")
-    assert [e["event"] for e in log].count("back") + sum(len(e["copies"]) for e in log if e["event"] == "decide") >= 2
-    assert {m.step for m in pbt.Journal(tmp_path / "b").population.members.values()} == {500}
+    kept = [line for line in lines if b'"step": 500' not in line]
+    (tmp_path / "a" / "events.jsonl").write_bytes(b"".join(kept))  # as if killed before the last legs
+    member = pbt.load_population(tmp_path / "a").members[2]
+    (tmp_path / "a" / member.leg / "checkpoint.pt").write_bytes(b"damaged" * 20)
+    _, err = finished(tmp_path / "a", *SMALL, "--quantile", 0, "--resume")
+    assert err.count("member 2: toy_script.py: damaged") == 2
+    assert [e["member"] for e in events(tmp_path / "a", "failed")] == [2, 2]
+    (copy,) = [c for e in events(tmp_path / "a", "decide") for c in e["copies"]]
+    assert copy["member"] == 2 and copy["donor"] != 2
+    assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
-def children(pid):
-    """All processes whose command line serves this run's slots."""
+def test_no_member_restarts_from_the_checkpoint_that_failed():
+    """Members 0 and 1 share a damaged checkpoint, and member 0 has the best score."""
+    population = pbt.Population(pbt.Args(TOY, population=3, mutate=["x:lin:0:1"]))
+    for m, leg, score in zip(population.members.values(), ("m00/t001", "m00/t001", "m02/t001"), (3, None, 1)):
+        m.leg, m.score, m.failures = leg, score, 1
+    recorded = []
+    population.record = lambda event, **content: (
+        recorded.append(content) or setattr(population.members[1], "failures", 2)
+    )
+    population.legs = {"m00/t001": {}, "m02/t001": {}}
+    population.failed(population.members[1], "m01/t002", {"error": "damaged"})
+    assert [c["donor"] for content in recorded for c in content.get("copies", [])] == [2]
+
+
+def processes(mark):
+    """All processes of this run: they have its mark in their environment."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"--serve" in path.read_bytes() and str(pid).encode() in path.with_name("environ").read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            pass
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += [int(path.parent.name)] if mark.encode() in path.read_bytes() else []
     return found
 
 
 def test_twenty_sigkills_change_nothing_and_leave_no_process(tmp_path):
     flags = [*SMALL, "--", "--seconds", 0.05]
     finished(tmp_path / "whole", *flags)
-    chance, mark = random.Random(0), f"pbt-test-{os.getpid()}-{time.time()}"
-    started = False
-    for _ in range(20):
-        resume = ["--resume"] if (tmp_path / "killed" / "args.json").exists() else []
-        process = launch(tmp_path / "killed", *resume, *flags, env=os.environ | {"PBT_TEST": mark})
-        deadline = time.time() + chance.uniform(0.2, 1.6)
-        while time.time() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        started = started or (tmp_path / "killed" / "state.json").exists()
+    chance, mark, struck = random.Random(0), f"pbt-test-{os.getpid()}-{time.time()}", set()
+    for kill in range(20):
+        process = launch(tmp_path / "a", *resume(tmp_path / "a"), *flags, env=os.environ | {"PBT_TEST": mark})
+        if kill % 4 == 0:
+            time.sleep(chance.uniform(0, 1))  # while it starts
+        else:
+            soon = len(events(tmp_path / "a")) + chance.randrange(1, 3)
+            while len(events(tmp_path / "a")) < soon and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.1))  # at any moment between two events
         process.kill()
         process.communicate()
-    resume = ["--resume"] if (tmp_path / "killed" / "args.json").exists() else []
-    finished(tmp_path / "killed", *resume, *flags)
-    assert started and population(tmp_path / "killed") == population(tmp_path / "whole")
+        struck.add(len(events(tmp_path / "a")))
+    finished(tmp_path / "a", *resume(tmp_path / "a"), *flags)
+    assert len(struck) > 8  # in the middle
+    assert decisions(tmp_path / "a") == decisions(tmp_path / "whole")
     deadline = time.time() + 5
-    while children(mark) and time.time() < deadline:
+    while processes(mark) and time.time() < deadline:
         time.sleep(0.05)
-    assert not children(mark)
+    assert not processes(mark)
+
+
+def resume(run_dir):
+    return ["--resume"] if events(run_dir) else []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_everything_and_say_how_to_go_on(tmp_path, number):
-    process = launch(tmp_path / "a", *SMALL, "--", "--seconds", 0.2)
+    mark = f"pbt-signal-{os.getpid()}-{time.time()}"
+    flags = [*SMALL, "--", "--seconds", "0.2"]
+    process = launch(tmp_path / "a", *flags, env=os.environ | {"PBT_TEST": mark})
     while len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) < 3:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "--resume" in err and "Traceback" not in err
-    finished(tmp_path / "a", *SMALL, "--resume", "--", "--seconds", 0.2)
-    finished(tmp_path / "b", *SMALL, "--", "--seconds", 0.2)
-    assert population(tmp_path / "a") == population(tmp_path / "b")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err and "resource_tracker" not in err
+    assert not processes(mark)
+    command = err.splitlines()[-1].split("to go on:")[1].split()
+    assert command[:2] == ["python", "pbt_launcher.py"] and command.index("--resume") < command.index("--")
+    assert pbt.main(command[2:]) == 0
+    finished(tmp_path / "b", *flags)
+    a, b = (decisions(tmp_path / x) for x in "ab")
+    assert a == b
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 MISTAKES = [
-    (["--population", "0"], "population must be positive"),
-    (["--quantile", "0.7"], "quantile must lie in"),
-    (["--mutate", "learning_rate:lin:0:1"], "twice"),
-    (["--resume"], "there is no population"),
-    (["--replay", "nowhere"], "no events.jsonl"),
-    (["--env-id", "nonsense"], "there is no nonsense"),
+    (["--population", "0"], "--population 0 must be positive"),
+    (["--quantile", "0.7"], "--quantile 0.7 must be 0 or more, and at most 0.5"),
+    (["--seed", "-1"], "--seed -1 must be 0 or more"),
+    (["--min-gap", "inf"], "--min-gap inf must be"),
+    (["--leg-timeout", "0"], "--leg-timeout 0.0 must be positive"),
+    (["--warmup", "-5"], "--warmup -5 must be 0 or more"),
+    (["--selection", "best"], "--selection"),
+    (["--no-such-flag", "1"], "--no-such-flag"),
+    (["--mutate", "learning-rate:lin:0:1"], "--mutate learning_rate: it is given twice"),
+    (["--mutate", "units:int:1:2", "--", "--units", "3"], "--mutate units: it is given twice"),
+    (["--mutate", "seed:int:1:5"], "--mutate seed: the launcher sets it"),
+    (["--mutate", "run_dir:cat:a,b"], "--mutate run_dir: the launcher sets it"),
+    (["--", "--seed", "3"], "-- --seed: the launcher sets this flag"),
+    (["--", "--resume=x"], "-- --resume: the launcher sets this flag"),
+    (["--", "--stop-at-step", "3"], "-- --stop-at-step: the launcher sets this flag"),
+    (["--resume"], "holds no population"),
+    (["--replay", "nowhere"], "nowhere holds no population"),
+    (["--mutate", "no_such:lin:0:1"], "toy_script.py: unrecognized arguments: --no-such="),
+    (["--mutate", "units:lin:1.5:2"], "toy_script.py: argument --units: invalid int value"),
+    (["--", "--no-such", "1"], "toy_script.py: unrecognized arguments: --no-such 1"),
 ]
 
 
 @pytest.mark.parametrize("flags,message", MISTAKES)
-def test_a_mistake_is_one_line(tmp_path, flags, message):
-    _, err = finished(tmp_path / "a", *SMALL, *flags, status=2)
-    assert message in err.splitlines()[-1] and "Traceback" not in err
+def test_a_mistake_is_one_line_before_anything_is_written(tmp_path, flags, message):
+    assert message in refused(tmp_path / "a", *SMALL, *flags)
 
 
-def test_other_mistakes(tmp_path):
-    _, err = finished(tmp_path / "a", *SMALL, script="no_such_script.py", status=2)
-    assert "there is no script" in err
+def test_a_bound_outside_the_scripts_range_is_found_although_no_draw_is(tmp_path):
+    """It would end a leg hours later: no member begins with it."""
+    first = pbt.Population(pbt.Args(TOY, population=4, mutate=[SMALL[-1], "units:cat:16,32,many"])).members.values()
+    assert {m.hyper["units"] for m in first} <= {"16", "32"}
+    err = refused(tmp_path / "a", *SMALL, "--mutate", "units:cat:16,32,many")
+    assert "--mutate units:cat:16,32,many: toy_script.py: argument --units: invalid int value: 'many'" in err
+
+
+def test_a_mistake_that_only_the_first_leg_shows_leaves_a_folder_that_is_free(tmp_path):
+    _, err = finished(tmp_path / "a", *SMALL, "--env-id", "nonsense", status=2)
+    assert err == "pbt_launcher.py: toy_script.py: there is no nonsense\n"
+    finished(tmp_path / "a", *SMALL, "--env-id", "sense")
+    assert len(events(tmp_path / "a", "leg")) == 20 and len(events(tmp_path / "a", "args")) == 1
+
+
+def test_scripts_that_cannot_be_members(tmp_path):
+    assert "there is no script no_such_script.py" in refused(tmp_path / "a", *SMALL, script="no_such_script.py")
+    sources = {"import no_such_module": "ModuleNotFoundError: No module named 'no_such_module'"}
+    sources |= {"x = 1": "has no attribute 'parse_args'", "import sys; sys.exit(3)": "it ends with status 3"}
+    argparse = "import argparse\nparse_args = lambda argv: argparse.ArgumentParser().parse_args(argv)"
+    sources[argparse] = "it ends with status 2 at --total-timesteps=500"
+    for i, (source, message) in enumerate(sources.items()):
+        script = tmp_path / f"script{i}.py"
+        script.write_text(source)
+        err = refused(tmp_path / "a", *SMALL, script=str(script))
+        assert f"{script.name}: " in err and message in err
+
+
+def test_a_folder_belongs_to_one_population(tmp_path):
     finished(tmp_path / "a", *SMALL)
-    _, err = finished(tmp_path / "a", *SMALL, status=2)
-    assert "holds a population" in err
-    _, err = finished(tmp_path / "a", *SMALL, "--interval", 50, "--resume", status=2)
-    assert "interval is 50 here, but 100" in err
+    assert "holds a population: go on with --resume" in refused(tmp_path / "a", *SMALL)
+    err = refused(tmp_path / "a", *SMALL, "--interval", 50, "--resume")
+    assert "--interval is 50 here, but 100 in" in err
+    out, _ = finished(tmp_path / "a", *SMALL, "--resume", "--slots", 1, "--leg-timeout", 10)  # these may change
+    assert json.loads(out)["leg"]
+    population = pbt.Population(pbt.Args(TOY, run_dir=str(tmp_path / "b")))
+    with population:
+        assert "another launcher is using it" in refused(tmp_path / "b", *SMALL)
+        assert events(tmp_path / "b", "args")
+    finished(tmp_path / "b", *SMALL)
+    before = events(tmp_path / "b")
+    with pytest.raises(pbt.UserError, match="holds a population"), population:  # it began while there were no legs yet
+        pass
+    assert events(tmp_path / "b") == before
+
+
+def test_a_folder_of_a_single_run_is_called_that(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoint.pt").touch()
+    for flags in ([], ["--resume"]):
+        assert "holds a single run, no population" in refused(tmp_path / "a", *SMALL, *flags)
+    assert "holds a single run, no population" in refused(tmp_path / "b", *SMALL[:4], "--replay", tmp_path / "a")
+
+
+def test_a_run_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    assert "file/a: Not a directory" in refused(tmp_path / "file" / "a", *SMALL)
+
+
+@pytest.mark.parametrize("content,message", [(b"{half\n", "is damaged"), (b'{"event": "member"}\n', "another version")])
+def test_a_file_of_events_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "events.jsonl").write_bytes(content)
+    assert message in refused(tmp_path / "a", *SMALL, "--resume")
 
 
 # ---- with a real script ----------------------------------------------------------------------------------------------
 
+PPO = str(ROOT / "ppo_clip.py")
 CARTPOLE = ["--env-id", "CartPole-v1", "--population", "2", "--interval", "512", "--total-timesteps", "2048"]
 CARTPOLE += ["--mutate", "learning_rate:log:1e-4:1e-2"]
 FLAGS = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--update-epochs", "2", "--no-compile"]
 
 
+class Inline:
+    """A slot in this process, so that the script need not be imported again."""
+
+    def __init__(self, index, args):
+        self.script, self.available, self.kill = pbt.Script(args.script), lambda: True, lambda: None
+
+    def start(self, request):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pbt.os, "dup2", lambda *files: None)  # pytest keeps its own standard output
+            self.result = self.script.answer(request)
+
+    def poll(self):
+        result, self.result = self.result, None
+        return result
+
+
+SCRIPT_MISTAKES = [
+    (
+        ["--mutate", "gamma:lin:1.5:2"],
+        "--mutate gamma:lin:1.5:2: ppo_clip.py: --gamma 1.5 must be 0 or more, and at",
+    ),
+    (
+        ["--mutate", "gae_lambda:lin:0.999:1.001"],
+        "gae_lambda:lin:0.999:1.001: ppo_clip.py: --gae-lambda 1.001 must",
+    ),
+    (["--mutate", "no_such:lin:0:1"], "ppo_clip.py: "),
+    (["--env-id", "NoSuch-v0"], "ppo_clip.py: cannot make NoSuch-v0"),
+    (["--total-timesteps", "100"], "ppo_clip.py: --total-timesteps is shorter than one iteration of 2048 steps"),
+    (["--", "--num-envs", "0"], "ppo_clip.py: --num-envs 0 must be positive"),
+]
+
+
+@pytest.mark.parametrize("flags,message", SCRIPT_MISTAKES)
+def test_a_mistake_that_a_real_script_sees(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(pbt, "LocalSlot", Inline)
+    assert message in refused(tmp_path / "a", *CARTPOLE, *flags, script=PPO)
+
+
+def test_a_real_script_scored_by_evaluation(tmp_path, monkeypatch):
+    """A leg's score is the mean of the script's own evaluation of its checkpoint."""
+    import ppo_clip
+
+    monkeypatch.setattr(pbt, "LocalSlot", Inline)
+    flags = [*CARTPOLE, "--total-timesteps", 512, "--score", "evaluation", "--eval-episodes", 4, "--", *FLAGS]
+    finished(tmp_path / "a", *flags, script=PPO)
+    for leg in events(tmp_path / "a", "leg"):
+        argv = ["--evaluate", str(tmp_path / "a" / leg["leg"]), "--eval-episodes", "4", "--seed", str(1 + 512)]
+        assert leg["score"] == ppo_clip.evaluate(ppo_clip.parse_args(argv))["mean"]
+
+
 def test_quantile_zero_is_the_scripts_run_one_by_one_bit_for_bit(tmp_path):
     import ppo_clip
 
-    finished(tmp_path / "a", *CARTPOLE, "--quantile", 0, "--", *FLAGS, script=str(ROOT / "ppo_clip.py"))
-    members = pbt.Journal(tmp_path / "a").population.members
+    finished(tmp_path / "a", *CARTPOLE, "--quantile", 0, "--", *FLAGS, script=PPO)
+    members = pbt.load_population(tmp_path / "a").members
     for m in members.values():
         flags = ["--env-id", "CartPole-v1", "--total-timesteps", "2048", "--checkpoint-every", "512", *FLAGS]
         flags += ["--seed", str(1 + m.id), "--learning-rate", str(m.hyper["learning_rate"])]
@@ -412,34 +680,51 @@ def test_quantile_zero_is_the_scripts_run_one_by_one_bit_for_bit(tmp_path):
         assert torch.equal(ours["rng"], single["rng"]) and ours["last"] == single["last"] and ours["last"]
         args = json.loads((tmp_path / "a" / m.leg / "args.json").read_text())
         assert args["num_workers"] == 0  # the slots are the processes
+        assert "run folder" in (tmp_path / "a" / f"{m.leg}.log").read_text()  # what the script said
 
 
 def test_after_a_copy_the_optimiser_has_the_new_learning_rate(tmp_path):
     """The classic silent bug: the copied optimiser state brings the donor's rate back."""
     flags = [*CARTPOLE, "--quantile", 0.5, "--resample-probability", 0, "--", *FLAGS, "--lr-schedule", "constant"]
-    finished(tmp_path / "a", *flags, script=str(ROOT / "ppo_clip.py"))
-    log = events(tmp_path / "a")
-    legs = {e["leg"]: e for e in log if e["event"] == "leg"}
-    copies = [c for e in log if e["event"] == "decide" for c in e["copies"]]
+    finished(tmp_path / "a", *flags, script=PPO)
+    legs = {e["leg"]: e for e in events(tmp_path / "a", "leg")}
+    copies = [c for e in events(tmp_path / "a", "decide") for c in e["copies"]]
     assert len(copies) == 3
     for leg, e in legs.items():
         with open(tmp_path / "a" / leg / "progress.csv") as file:
             rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
         assert rates == pytest.approx([e["hyper"]["learning_rate"]] * 4, rel=1e-5)
-        assert (
-            e["source"] is None
-            or legs[e["source"]]["hyper"] != e["hyper"]
-            or legs[e["source"]]["member"] == e["member"]
-        )
+        donor = legs[e["source"]] if e["source"] else e
+        assert donor["hyper"] != e["hyper"] or donor["member"] == e["member"]
 
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------
 
 
-def test_ray_missing_is_one_line(tmp_path, monkeypatch, capsys):
+def test_ray_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert pbt.launch([TOY, *SMALL, "--run-dir", str(tmp_path / "a"), "--executor", "ray"]) == 2
-    assert "pip install 'ray[default]" in capsys.readouterr().err
+    assert "pip install ray==2.60.0" in refused(tmp_path / "a", *SMALL, "--executor", "ray")
+
+
+def test_a_dead_ray_address_is_given_up(tmp_path):
+    pytest.importorskip("ray", reason="optional package ray is not installed")
+    start = time.time()
+    err = refused(tmp_path / "a", *SMALL, "--executor", "ray", "--ray-address", "127.0.0.1:9")
+    assert "--ray-address 127.0.0.1:9: no cluster there within a minute: " in err and "refused" in err
+    assert time.time() - start < 15
+
+
+def test_what_ray_raises_is_one_line(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="optional package ray is not installed")
+    err = refused(tmp_path / "a", *SMALL, "--executor", "ray", "--ray-address", "garbage")
+    assert "--ray-address garbage: no cluster there within a minute: Invalid address format: garbage" in err
+
+    def init(address, include_dashboard, **kwargs):
+        assert address == "local" and not include_dashboard
+        raise RuntimeError("the node\ndid not start")
+
+    monkeypatch.setattr(ray, "init", init)
+    assert refused(tmp_path / "a", *SMALL, "--executor", "ray").endswith("cannot start Ray: the node\n")
 
 
 def test_two_ray_nodes_one_of_them_killed(tmp_path):
@@ -454,7 +739,10 @@ def test_two_ray_nodes_one_of_them_killed(tmp_path):
         node = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         flags = [*SMALL, "--", "--seconds", "0.5"]
-        args = [TOY, "--run-dir", str(tmp_path / "a"), "--executor", "ray", *flags]
+        too_much = refused(tmp_path / "c", *SMALL, "--executor", "ray", "--num-gpus", 1)
+        assert "--num-cpus 1.0 --num-gpus 1.0: the nodes have (CPUs, GPUs) [(1.0, 0), (1.0, 0)]" in too_much
+        bad = refused(tmp_path / "c", *SMALL, "--executor", "ray", "--mutate", "no_such:lin:0:1")
+        assert "toy_script.py: unrecognized arguments: --no-such=" in bad
 
         def kill_a_node():
             while len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) < 5:
@@ -463,13 +751,11 @@ def test_two_ray_nodes_one_of_them_killed(tmp_path):
 
         killer = threading.Thread(target=kill_a_node)
         killer.start()
-        assert pbt.launch(args) == 0
+        finished(tmp_path / "a", "--executor", "ray", *flags)
         killer.join()
     finally:
         ray.shutdown()
         cluster.shutdown()
     finished(tmp_path / "b", *flags)
-    scores = [
-        sorted((e["member"], e["step"], e["score"]) for e in events(tmp_path / x) if e["event"] == "leg") for x in "ab"
-    ]
-    assert scores[0] == scores[1]
+    a, b = (sorted((e["member"], e["step"], e["score"]) for e in events(tmp_path / x, "leg")) for x in "ab")
+    assert a == b
