@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import CONTRACT, HOUSE
+from conftest import CONTRACT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "4", "--checkpoint-every", "512"]
@@ -17,7 +17,9 @@ FLAGS = {
     "ppo_clip": ["--env-id", "CartPole-v1", "--update-epochs", "3"],
     "ppo_klpen": ["--env-id", "Pendulum-v1", "--update-epochs", "3", "--kl-target", "0.0001"],
     "ppo_multiagent": ["--update-epochs", "3", "--num-envs", "8"],
+    "ppo_multiagent selfplay": ["--algorithm", "selfplay", "--num-envs", "8", "--snapshot-every", "1"],
 }
+RUNS = [name for name in FLAGS if name.split()[0] in CONTRACT]
 
 
 class Tape(TorchDispatchMode):
@@ -30,7 +32,11 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        assert "rand" not in str(function) and "_local_scalar_dense" not in str(function), f"{function} in a graph"
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # for a size or a value
+        assert not any(x in str(function) for x in ("rand", "exponential", *waits)), f"{function} in a graph"
+        if str(function).startswith("aten.index"):  # x[mask] must first be counted
+            indices = [x for x in args[1] if x is not None] if isinstance(args[1], list) else []
+            assert all(x.dtype != torch.bool for x in indices), f"{function} with a mask in a graph"
         self.notes.append((function, args, kwargs or {}, out))
         return out
 
@@ -57,31 +63,43 @@ def final_state(script, path):
     return state["agent"], state["adam"], rows
 
 
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 def test_replayed_operations_are_the_run(name, tmp_path, monkeypatch):
     """No number that changes is baked into the updates, what they read and write never moves, nothing in them is
-    random or waits for the device: rates and beta change all the time, and the replayed run is the same to a bit."""
-    script, tapes = importlib.import_module(name), []
-    flags = [*SMALL, *FLAGS[name]]
+    random or waits for the device: rates and beta change all the time, and the replayed run is the same to a bit. The
+    same holds for the rollouts of built-in worlds."""
+    script, tapes, flags = importlib.import_module(name.split()[0]), [], [*SMALL, *FLAGS[name]]
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "run")]))
 
     def tape(function):
         tapes.append(Tape(function))
         return tapes[-1]
 
-    if name in HOUSE:
-        accelerated = script.accelerated  # as it is with --cuda, but for the device
-        monkeypatch.setattr(script, "CudaGraph", tape)
-        as_on_a_gpu = lambda args, *operands: accelerated(dataclasses.replace(args, cuda=True), *operands)  # noqa: E731
-        monkeypatch.setattr(script, "accelerated", as_on_a_gpu)
-    else:
-        monkeypatch.setattr(script, "graphed", lambda function, device: tape(function))
+    monkeypatch.setattr(script, "CudaGraph", tape)
+    for function in ("accelerated", "recorded"):  # as they are with --cuda, but for the device
+        if original := getattr(script, function, None):
+            on_a_gpu = lambda args, *rest, call=original: call(dataclasses.replace(args, cuda=True), *rest)  # noqa: E731
+            monkeypatch.setattr(script, function, on_a_gpu)
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "replayed")]))
-    assert tapes and all(tape.calls >= 8 and len(tape.notes) > 100 for tape in tapes)
+    assert len(tapes) == (2 if "recorded" in vars(script) else 1)
+    assert all(tape.calls >= 8 and len(tape.notes) > 100 for tape in tapes)
     (agent, adam, rows), (agent2, adam2, rows2) = (final_state(script, tmp_path / x) for x in ("run", "replayed"))
     assert rows == rows2
     assert all(torch.equal(x, agent2[key]) for key, x in agent.items())
     assert all(torch.equal(x, adam2[key]) for key, x in adam.items())
+
+
+def test_the_tape_notices_what_a_graph_must_not_do():
+    x, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+
+    def put():
+        x[mask] = 0.0
+
+    for function in (lambda: x[mask], put, lambda: x.sum().item(), lambda: mask.nonzero(), lambda: torch.rand(3)):
+        tape = Tape(function)
+        tape(), tape()
+        with pytest.raises(AssertionError, match="in a graph"):
+            tape()
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
@@ -90,11 +108,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 
 @gpu
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("mode", ["--no-compile", "--compile"])
 def test_gpu_equals_cpu_after_one_iteration(name, mode, tmp_path):
     """From the same data, to 1e-4 of each tensor's size (Adam's first steps have the sign of a gradient: no more)."""
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.split()[0])
     agents = []
     for device in ("--no-cuda", "--cuda"):
         flags = [*SMALL, *FLAGS[name], mode, device, "--stop-at-step", "1", "--run-dir", str(tmp_path / device)]
@@ -105,9 +123,9 @@ def test_gpu_equals_cpu_after_one_iteration(name, mode, tmp_path):
 
 
 @gpu
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 def test_schedules_are_seen_by_the_graph_and_a_run_resumes(name, tmp_path):
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.split()[0])
     flags = [*SMALL, *FLAGS[name], "--cuda"]
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "whole")]))
     script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / "parts"), "--stop-at-step", "1024"]))
@@ -121,9 +139,9 @@ def test_schedules_are_seen_by_the_graph_and_a_run_resumes(name, tmp_path):
 
 
 @gpu
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", RUNS)
 def test_no_sync_inside_an_epoch(name, tmp_path, monkeypatch):
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.split()[0])
 
     class Strict(script.CudaGraph):
         def __call__(self):
