@@ -132,7 +132,7 @@ class Args:
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
     latest_prob: float = 0.5  # selfplay: the share of boards where the opponent is the present policy, not a past one
-    opponent_sampling: Literal["uniform", "window", "pfsp"] = "uniform"  # from all snapshots, new ones, or hard ones
+    opening_plies: int = 0  # selfplay: half of the games begin after up to this many random plies
     snapshot_every: int = 10  # selfplay: iterations between snapshots; doubles whenever the pool is full
     pool_size: int = 32  # selfplay: the most snapshots that are kept, always spread evenly over the run
 
@@ -220,9 +220,9 @@ class StackedMLP(nn.Module):
         return x.transpose(0, 1).reshape(*lead, x.shape[-1])
 
 
-def gumbel(*shape):
+def gumbel(*shape, generator=None):
     """Noise that makes the argmax of logits + noise a sample of their softmax."""
-    return -torch.empty(shape).exponential_().log()
+    return -torch.empty(shape).exponential_(generator=generator).log()
 
 
 class Team(nn.Module):
@@ -259,12 +259,12 @@ class Team(nn.Module):
         return x if self.P == self.G else torch.cat([x, self.identity.expand(*x.shape[:-1], self.G)], -1)
 
     def policy_parameters(self, obs, legal):
-        """At scaled observations (..., G, D): logits (..., G, A), or mean and log standard deviation (..., G, 2A).
+        """At scaled observations (..., G, D): log-probabilities (..., G, A), or mean and log std (..., G, 2A).
         Illegal actions have probability 0. An action dimension that an agent does not have gets mean 0 and the standard
         deviation whose entropy is 0, whatever the network says, so no gradient flows."""
         out = self.actor(self.with_id(obs))
         if self.discrete:
-            return out.masked_fill(~legal, -1e8)  # NOTE: not -inf, which makes the gradient of the entropy nan
+            return out.masked_fill(~legal, -1e8).log_softmax(-1)  # NOTE: not -inf: the entropy's gradient would be nan
         log_std, no_entropy = self.log_std.expand_as(out), -0.5 * math.log(2 * math.pi * math.e)
         return torch.cat([out.where(legal, 0), log_std.where(legal, no_entropy)], -1)
 
@@ -368,9 +368,9 @@ class BuiltInEnvironments:
 
     envs = ()  # nothing to close
 
-    def __init__(self, args, world, old_team, noise, rollout):
-        self.world, self.old_team, self.noise, self.rollout, self.at = world, old_team, noise, rollout, ("all", 0)
-        self.world_noise = world.noise(args.num_steps).to(noise.device)
+    def __init__(self, args, world, old_team, noise, world_noise, rollout):
+        self.world, self.old_team, self.rollout, self.at = world, old_team, rollout, ("all", 0)
+        self.noise, self.world_noise = noise, world_noise  # of the policies, of the world: random numbers for T steps
         self.episode_return = torch.zeros_like(rollout["reward"][0])  # (N, G)
         self.episode_length = torch.zeros_like(rollout["over"][0])  # (N,)
         self.all_steps = recorded(args, self.steps)
@@ -634,8 +634,6 @@ def train(args: Args) -> dict:
 
             # ---- collect: run the old policies for T steps in N environments -----------------------------------------
             rollout = actors.collect(team, seed=(args.seed, global_step) if cut else None)
-            if pool:
-                pool.record(world.results(rollout))
 
             # ---- estimate advantages ---------------------------------------------------------------------------------
             # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So a rollout
@@ -694,6 +692,7 @@ class SelfPlay:
         self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
         self.action_space = gym.spaces.Discrete(game.num_actions)
         N, device = game.num_envs, game.device
+        self.opening_plies = args.opening_plies
         self.past = int(N * (1 - args.latest_prob)) // self.HAND * self.HAND  # boards of snapshots: the last ones
         # A hand is HAND actors, stacked. A game keeps its opponent until it ends, and a new iteration may begin
         # meanwhile: then the former hand goes on with it. `begun`: games that began with the present hand.
@@ -714,9 +713,24 @@ class SelfPlay:
             for name, parameter in self.hand.named_parameters():
                 parameter[k].copy_(actor[name][0])
         self.begun.zero_()
+        if self.opening_plies:
+            self.new_openings()
+
+    def new_openings(self):
+        """Let half of the boards begin their games after some random plies from now on: positions that good play never
+        comes to are where a policy would know nothing. Openings that would end the game stop before."""
+        game, N, K = self.game, self.game.num_envs, self.opening_plies
+        plies = (torch.randint(1, K + 1, (N,)) * (torch.rand(N) < 0.5)).to(game.device)
+        opening, noise = type(game)(N, game.device), gumbel(K, N, game.num_actions).to(game.device)
+        for ply in range(K):
+            before, (_, legal) = opening.boards.clone(), opening.view()
+            _, over = opening.play(noise[ply].masked_fill(~legal, -1e8).argmax(-1))
+            stays = over | (plies <= ply)
+            opening.boards.copy_(torch.where(stays[:, None], before, opening.boards))
+        game.opening.copy_(opening.boards)
 
     def reset(self, generator):
-        self.game.restart(torch.ones_like(self.game.mine, dtype=torch.bool))
+        self.game.restart(torch.ones(self.game.num_envs, dtype=torch.bool, device=self.game.device))
         self.begun.fill_(True)
 
     def noise(self, T):
@@ -751,101 +765,75 @@ class SelfPlay:
         logits = logits.flatten(0, 1).masked_fill(~legal[n:], -1e8)
         return torch.cat([move, (logits + noise[n:]).argmax(-1)])
 
-    def results(self, rollout):
-        """The learner's mean reward against each snapshot of the hand in this rollout, (HAND,); nan if no game ended.
-        Counted from the step on at which all games have begun with this hand."""
-        started, n = (self.game.max_plies + 1) // 2, self.game.num_envs - self.past
-        reward, over = (rollout[key][started:, n:].sum(0).view(-1, self.HAND).sum(0) for key in ("reward", "over"))
-        return (reward / over).tolist()
-
 
 class Pool:
     """Snapshots of the actor, spread evenly over the run so far; a part of the checkpoint."""
 
     def __init__(self, args):
-        self.every, self.size, self.sampling = args.snapshot_every, args.pool_size, args.opponent_sampling
-        self.snapshots, self.drawn = [], []
-        self.strength = {f"selfplay/score_{name}": math.nan for name in ("random", "earliest", "middle", "latest")}
+        self.every, self.size, self.snapshots = args.snapshot_every, args.pool_size, []
+        self.strength = {"selfplay/score_random": math.nan, "selfplay/score_middle": math.nan}
 
     def adapted(self):
         return {"snapshot_every": self.every, "snapshots": self.snapshots, "strength": self.strength}
 
     def restore(self, run):
-        self.every = run.adapted("snapshot_every", "snapshot_every")
-        stored = run.checkpoint.get("adapted", {})
+        stored, self.every = run.checkpoint.get("adapted", {}), run.adapted("snapshot_every", "snapshot_every")
         self.snapshots, self.strength = stored.get("snapshots", []), stored.get("strength", self.strength)
 
     def add(self, team, game, global_step):
         """Measure the team, then add it. From a full pool every second snapshot goes, so that the rest is even."""
-        self.measure(team, game, global_step)
+        self.measure(team, game, torch.Generator().manual_seed(global_step))
         actor = {key: x.cpu().clone() for key, x in team.actor.state_dict().items()}
-        self.snapshots.append({"global_step": global_step, "score": 0.5, "actor": actor})
+        self.snapshots.append({"global_step": global_step, "actor": actor})
         if len(self.snapshots) > self.size:
             del self.snapshots[1::2]  # the first stays
             self.every *= 2
 
     def draw(self, n):
-        """The actors of n snapshots, with replacement. pfsp: in proportion to (1 - score against it)^2, Vinyals et al.
-        2019. window: from the latest quarter."""
-        snapshots = self.snapshots[-(len(self.snapshots) // 4 + 1) :] if self.sampling == "window" else self.snapshots
-        weights = torch.ones(len(snapshots))
-        if self.sampling == "pfsp":
-            weights = torch.tensor([(1 - x["score"]) ** 2 + 1e-3 for x in snapshots])
-        self.drawn = [snapshots[i] for i in torch.multinomial(weights, n, replacement=True).tolist()]
-        return [x["actor"] for x in self.drawn]
+        """The actors of n snapshots, each as likely as any other, with replacement."""
+        return [self.snapshots[i]["actor"] for i in torch.randint(len(self.snapshots), (n,)).tolist()]
 
-    def record(self, rewards):
-        """Note how the learner fared against the snapshots that were drawn: a running mean, for pfsp."""
-        for snapshot, reward in zip(self.drawn, rewards):
-            if reward == reward:
-                snapshot["score"] += 0.2 * (0.5 + 0.5 * reward - snapshot["score"])
-
-    def measure(self, team, game, global_step):
-        """Score against random play and the earliest, middle and latest snapshot. Not against the training mixture:
-        that score stays where it is however strong both sides become, or weak."""
-        game, generator = type(game)(100, game.device), torch.Generator().manual_seed(global_step)
-        score = lambda other: match(game, player(team, generator), other).mean().item()  # noqa: E731
-        self.strength = self.strength | {"selfplay/score_random": score(random_player(generator))}
-        past = copy.deepcopy(team)
-        for name, at in (("earliest", 0), ("middle", len(self.snapshots) // 2), ("latest", -1)):
-            if self.snapshots:
-                past.actor.load_state_dict(self.snapshots[at]["actor"])
-                self.strength[f"selfplay/score_{name}"] = score(player(past, generator))
+    def measure(self, team, game, generator):
+        """Score against random play and the snapshot in the middle of the run. Not against the training mixture: that
+        score stays where it is however strong both sides become, or weak."""
+        game, me, past = type(game)(100, game.device), player(team, generator), copy.deepcopy(team)
+        self.strength = {"selfplay/score_random": match(game, me, random_player(generator)).mean().item()}
+        if self.snapshots:
+            past.actor.load_state_dict(self.snapshots[len(self.snapshots) // 2]["actor"])
+        self.strength["selfplay/score_middle"] = match(game, me, player(past, generator)).mean().item()
 
 
 def player(team, generator=None):
     """A player for `match`: samples of the team's policy, or without generator its likeliest moves."""
 
-    def move(obs, legal, plies):
-        noise = 0.0
-        if generator:
-            noise = -torch.empty(len(obs), 1, team.action_dim).exponential_(generator=generator).log().to(obs.device)
+    def move(obs, legal):
+        noise = gumbel(len(obs), 1, team.action_dim, generator=generator).to(obs.device) if generator else 0.0
         return team.act(obs[:, None], legal[:, None], noise)[:, 0]
 
     return move
 
 
 def random_player(generator):
-    return lambda obs, legal, plies: torch.multinomial(legal.float().cpu(), 1, generator=generator)[:, 0]
+    return lambda obs, legal: torch.multinomial(legal.float().cpu(), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
 def match(game, first, second):
-    """Play one game on each board; `first` begins on every other one. Players are functions of obs (n, D), legal (n, A)
-    and the plies so far, a list of (n,). Returns first's scores (N,): won 1, drawn 1/2, lost 0."""
-    playing, score, plies = torch.ones_like(game.mine, dtype=torch.bool), torch.full(game.mine.shape, 0.5), []
+    """Play one game on each board; `first` begins on every other one. Players are functions of obs (n, D) and legal
+    (n, A). Returns first's scores (N,): won 1, drawn 1/2, lost 0."""
+    N = game.num_envs
+    playing, score = torch.ones(N, dtype=torch.bool, device=game.device), torch.full((N,), 0.5)
     game.restart(playing)
     for ply in range(game.max_plies):
-        (obs, legal), move = game.view(), torch.empty_like(game.mine)
+        (obs, legal), move = game.view(), torch.zeros(N, dtype=torch.long, device=game.device)
         for i, mover in enumerate((first, second) if ply % 2 == 0 else (second, first)):
-            move[i::2] = mover(obs[i::2], legal[i::2], [x[i::2] for x in plies]).to(move.device)
+            move[i::2] = mover(obs[i::2], legal[i::2]).to(move.device)
         won, over = game.play(move)
         won = (won * playing).cpu()
         won[1 - ply % 2 :: 2] *= -1  # these plies were second's
         score += won / 2
         playing &= ~over
         game.restart(over)  # it goes on, but no longer counts
-        plies.append(move)
         if not playing.any():
             break
     return score
@@ -917,41 +905,53 @@ class SimpleSpread:
 
 class ConnectFour:
     """N boards of Connect Four, 6 rows of 7 columns. A player's stones are the bits of an int64: bit 7 * column + row,
-    the seventh bit of a column staying empty. The side to move sees its own stones, then the other's, 42 cells each."""
+    the seventh bit of a column staying empty. The side to move sees its own stones, then the other's, 42 cells each.
+
+    A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
+    whatever they learn on one side they know on the other; half of all positions need not be learned at all.
+    """
 
     obs_dim, num_actions, max_plies = 84, 7, 42
 
     def __init__(self, num_envs, device):
         self.num_envs, self.device = num_envs, device
-        self.mine, self.theirs = torch.zeros(2, num_envs, dtype=torch.long, device=device)
-        column, row = torch.arange(7, device=device), torch.arange(6, device=device)
-        self.bottom, self.top = 1 << 7 * column, 7 * column + 5
-        self.cells = (7 * column[:, None] + row).flatten()
+        self.boards = torch.zeros(num_envs, 2, dtype=torch.long, device=device)  # of the side to move, of the other
+        self.opening = self.boards.clone()  # where games begin
+        self.flipped = torch.zeros(num_envs, dtype=torch.bool, device=device)  # whether players see the mirror image
+        self.columns, row = 7 * torch.arange(7, device=device), torch.arange(6, device=device)
+        self.cells = (self.columns[:, None] + row).flatten()
         self.full = int((1 << self.cells).sum())
 
     def restart(self, where):
-        self.mine.mul_(~where)
-        self.theirs.mul_(~where)
+        self.boards.copy_(torch.where(where[:, None], self.opening, self.boards))
 
     def view(self):
         """obs (N, 84), legal (N, 7)"""
-        obs = (torch.stack([self.mine, self.theirs], -1)[..., None] >> self.cells & 1).flatten(1).float()
-        return obs, ((self.mine | self.theirs)[:, None] >> self.top & 1) == 0
+        mirrored = ((self.boards[..., None] >> self.columns & 127).flip(-1) << self.columns).sum(-1)
+        smaller, same = mirrored < self.boards, mirrored[:, 0] == self.boards[:, 0]
+        self.flipped.copy_(smaller[:, 0] | same & smaller[:, 1])
+        boards = torch.where(self.flipped[:, None], mirrored, self.boards)
+        legal = (boards.sum(1, keepdim=True) >> self.columns + 5 & 1) == 0  # the top cell is free
+        return (boards[..., None] >> self.cells & 1).flatten(1).float(), legal
+
+    def column(self, action):
+        """The column (N,) that an action at the last view means, and the other way round."""
+        return torch.where(self.flipped, 6 - action, action)
 
     def play(self, action):
-        """Drop the mover's stone into column `action` (N,); then the other player is to move. Returns the mover's score
-        (1: four in a row) and whether the game is over, (N,) each."""
-        bottom = self.bottom[action]
-        stone = ((self.mine | self.theirs) + bottom) & (bottom * 63)  # the carry stops in the lowest free cell
-        moved = self.mine | stone
+        """Drop the mover's stone at what the last view called column `action` (N,); then the other player is to move.
+        Returns the mover's score (1: four in a row) and whether the game is over, (N,) each."""
+        mine, theirs = self.boards.unbind(1)
+        column = self.columns[self.column(action)]
+        stone = ((mine | theirs) + (1 << column)) & (63 << column)  # the carry stops in the lowest free cell
+        moved = mine | stone
         four = torch.zeros_like(moved)
         for shift in (1, 6, 7, 8):  # column, diagonals, row
             pairs = moved & (moved >> shift)
             four |= pairs & (pairs >> 2 * shift)
-        full = (moved | self.theirs) == self.full
-        self.mine.copy_(self.theirs)
-        self.theirs.copy_(moved)
-        return (four != 0).float(), (four != 0) | full
+        over = (four != 0) | ((moved | theirs) == self.full)
+        self.boards.copy_(torch.stack([theirs, moved], 1))
+        return (four != 0).float(), over
 
 
 WORLDS, GAMES = {"simple_spread": SimpleSpread}, {"connect_four": ConnectFour}
@@ -1038,7 +1038,8 @@ def find_parallel_env(env_id):
         pins = {"mpe2": "1.1.1", "gymnasium_robotics": "1.4.2", "pettingzoo": "1.27.0"}
         root = env_id.partition(".")[0]
         if root in pins and isinstance(error, ImportError):
-            raise UserError(f"{env_id}: {first_line(error)} (pip install {root}=={pins[root]})") from error
+            name = f"{root.replace('_', '-')}=={pins[root]}"
+            raise UserError(f"{env_id}: {first_line(error)} (pip install {name})") from error
         known = ", ".join([*WORLDS, *GAMES])
         message = f"there is no environment {env_id}: built in are {known}; else name a module with a parallel_env"
         raise UserError(f"{message} ({first_line(error)})") from None
@@ -1178,7 +1179,9 @@ class TeamActors:
         self.rollout = {key: x.to(device) for key, x in self.rollout.items()}
         if isinstance(world, SelfPlay):
             world.meet(self.old_team)
-        self.parts, self.kind = [(args, world, self.old_team, self.noise, self.rollout)], BuiltInEnvironments
+        world_noise = world.noise(T).to(device)
+        self.parts = [(args, world, self.old_team, self.noise, world_noise, self.rollout)]
+        self.kind = BuiltInEnvironments
 
     def __enter__(self):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -1579,7 +1582,7 @@ def cli(argv, default=None) -> Args:
 
 PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
 EVALUATION = {"evaluate", "eval_episodes", "capture_video"}
-SELFPLAY = {"latest_prob", "opponent_sampling", "snapshot_every", "pool_size"}
+SELFPLAY = {"latest_prob", "opening_plies", "snapshot_every", "pool_size"}
 TEAMS = {"share_params", "team_reward", "norm_obs", "critic_input"}  # nothing of this is left to choose in self-play
 
 
@@ -1615,7 +1618,8 @@ def parse_args(argv=None) -> Args:
 
 def check_args(args):
     """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
-    lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0, "latest_prob": 0}
+    lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0}
+    lowest |= {"latest_prob": 0, "opening_plies": 0}
     highest = {"gamma": 1, "gae_lambda": 1, "latest_prob": 1, "clip_coef": math.inf}
     for key, x in vars(args).items():
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
