@@ -234,16 +234,16 @@ def test_rows_past_the_checkpoint_are_cut_off(trainer, tmp_path):
     assert [int(row["global_step"]) for row in rows(tmp_path / "a")] == list(range(128, 1153, 128))
 
 
-def test_ten_sigkills_change_nothing(script, tmp_path, cli):
+def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
     """The run or, every third time, its worker is killed at random moments of start-up and training, and the run is
     resumed each time: the same final bits."""
-    flags = [*small_for(script), "--total-timesteps", 40960, "--checkpoint-every", 4096]
-    assert cli(script.__name__, *flags, "--run-dir", "whole").returncode == 0
+    flags = [*small_for(trainer), "--total-timesteps", 40960, "--checkpoint-every", 4096]
+    assert cli(trainer.__name__, *flags, "--run-dir", "whole").returncode == 0
     chance, progress, killed = random.Random(0), tmp_path / "killed" / "progress.csv", tmp_path / "killed"
 
     def start(**kwargs):
         begun = ["--resume", "killed"] if (killed / "checkpoint.pt").exists() else [*flags, "--run-dir", "killed"]
-        return cli(script.__name__, *begun, *(["--num-workers", 2] if script.__name__ in HOUSE else []), **kwargs)
+        return cli(trainer.__name__, *begun, *(["--num-workers", 2] if trainer.__name__ in HOUSE else []), **kwargs)
 
     for kill in range(10):
         before = progress.stat().st_mtime_ns if progress.exists() else None
@@ -260,7 +260,7 @@ def test_ten_sigkills_change_nothing(script, tmp_path, cli):
         os.kill(int(workers[0]) if workers and kill % 3 == 2 else process.pid, signal.SIGKILL)
         process.wait(timeout=60)
     assert start().returncode == 0
-    assert tensors(script, killed) == tensors(script, tmp_path / "whole")
+    assert tensors(trainer, killed) == tensors(trainer, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -622,16 +622,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert ppo_clip.load_checkpoint(tmp_path / "a")["global_step"] == 0
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_whole(script, tmp_path, cli):
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trainer, tmp_path, cli):
     """A limit on the size of files stands for the full disk: the write fails half-way, with an OSError as there."""
-    flags = [*small_for(script), "--run-dir", "a"]
-    assert cli(script.__name__, *flags, "--stop-at-step", 512).returncode == 0
+    flags = [*small_for(trainer), "--run-dir", "a"]
+    assert cli(trainer.__name__, *flags, "--stop-at-step", 512).returncode == 0
     before = (tmp_path / "a" / "checkpoint.pt").read_bytes()
 
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1000,) * 2)
 
-    process = cli(script.__name__, "--resume", "a", preexec_fn=small_files)
+    process = cli(trainer.__name__, "--resume", "a", preexec_fn=small_files)
     assert process.returncode == 1
     assert "File too large" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr, process.stderr
     assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before and not (

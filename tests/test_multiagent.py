@@ -717,3 +717,53 @@ def test_compiled_equals_eager(tmp_path):
         agents.append(ma.load_checkpoint(tmp_path / mode)["agent"])
     for key, x in agents[0].items():
         torch.testing.assert_close(x, agents[1][key], rtol=1e-4, atol=1e-5)
+
+
+FAILURES = [
+    ("raise", "step() raised ZeroDivisionError: a bug (toy_parallel.py, line "),
+    ("nan", "step() returned [nan] and 0.0: not finite, or not of shape (1,)"),
+    ("reward", "and nan: not finite"),
+    ("shape", "step() returned [0. 0. 0.] and"),
+]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("trouble,message", FAILURES)
+def test_an_environment_that_fails_ends_the_run_with_one_line(trouble, message, num_workers, tmp_path, capsys):
+    flags = ["--env-id", f"toy_parallel.broken_{trouble}", "--num-envs", 4, "--num-workers", num_workers]
+    flags += ["--run-dir", tmp_path / "a", "--no-compile"]
+    assert ma.main(list(map(str, flags))) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("ppo_multiagent.py: environment 0, step 3 of the rollout: ") and message in line
+    assert ma.load_checkpoint(tmp_path / "a")["global_step"] == 0
+
+
+def test_an_environment_that_fails_in_evaluation(tmp_path, capsys, monkeypatch):
+    import toy_parallel
+
+    flags = ["--env-id", "toy_parallel.alone", "--num-envs", 4, "--num-workers", 0, "--total-timesteps", 200]
+    train(tmp_path, *flags)
+    capsys.readouterr()
+    monkeypatch.setattr(toy_parallel.alone, "parallel_env", toy_parallel.broken_raise)
+    assert ma.main(["--evaluate", str(tmp_path)]) == 1
+    assert "episode 0: step() raised ZeroDivisionError: a bug (toy_parallel.py, line " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--hidden-size", "32"], "does not fit this agent: size mismatch for"),
+        (["--no-share-params"], "does not fit this agent"),
+        (["--no-norm-obs"], "does not fit this agent"),
+        (["--critic-input", "state-actions"], "does not fit this agent: size mismatch for critic.weights.0"),
+        (["--algorithm", "ippo"], "is of --algorithm mappo, not of ippo"),
+        (["--algorithm", "selfplay"], "is of --algorithm mappo, not of selfplay"),
+        (["--env-id", "toy_parallel.alone"], "on simple_spread, not of ppo_multiagent.py on toy_parallel.alone"),
+    ],
+)
+def test_resuming_as_something_else_is_one_line(flags, message, tmp_path, capsys):
+    train(tmp_path / "a", "--num-envs", 4, "--total-timesteps", 200)
+    capsys.readouterr()
+    assert ma.main(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "b").exists()
