@@ -744,7 +744,7 @@ def test_an_environment_that_fails_in_evaluation(tmp_path, capsys, monkeypatch):
     flags = ["--env-id", "toy_parallel.alone", "--num-envs", 4, "--num-workers", 0, "--total-timesteps", 200]
     train(tmp_path, *flags)
     capsys.readouterr()
-    monkeypatch.setattr(toy_parallel.alone, "parallel_env", toy_parallel.broken_raise)
+    monkeypatch.setattr(toy_parallel.alone, "parallel_env", toy_parallel.broken_raise.parallel_env)
     assert ma.main(["--evaluate", str(tmp_path)]) == 1
     assert "episode 0: step() raised ZeroDivisionError: a bug (toy_parallel.py, line " in capsys.readouterr().err
 
