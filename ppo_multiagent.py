@@ -905,13 +905,14 @@ class SimpleSpread:
 
 class ConnectFour:
     """N boards of Connect Four, 6 rows of 7 columns. A player's stones are the bits of an int64: bit 7 * column + row,
-    the seventh bit of a column staying empty. The side to move sees its own stones, then the other's, 42 cells each.
+    the seventh bit of a column staying empty. The side to move sees three times 42 cells: its own stones, the other's,
+    and where a stone can fall now.
 
     A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
     whatever they learn on one side they know on the other; half of all positions need not be learned at all.
     """
 
-    obs_dim, num_actions, max_plies = 84, 7, 42
+    obs_dim, num_actions, max_plies = 126, 7, 42
 
     def __init__(self, num_envs, device):
         self.num_envs, self.device = num_envs, device
@@ -920,19 +921,21 @@ class ConnectFour:
         self.flipped = torch.zeros(num_envs, dtype=torch.bool, device=device)  # whether players see the mirror image
         self.columns, row = 7 * torch.arange(7, device=device), torch.arange(6, device=device)
         self.cells = (self.columns[:, None] + row).flatten()
-        self.full = int((1 << self.cells).sum())
+        self.full, self.bottoms = int((1 << self.cells).sum()), int((1 << self.columns).sum())
 
     def restart(self, where):
         self.boards.copy_(torch.where(where[:, None], self.opening, self.boards))
 
     def view(self):
-        """obs (N, 84), legal (N, 7)"""
+        """obs (N, 126), legal (N, 7)"""
         mirrored = ((self.boards[..., None] >> self.columns & 127).flip(-1) << self.columns).sum(-1)
         smaller, same = mirrored < self.boards, mirrored[:, 0] == self.boards[:, 0]
         self.flipped.copy_(smaller[:, 0] | same & smaller[:, 1])
         boards = torch.where(self.flipped[:, None], mirrored, self.boards)
-        legal = (boards.sum(1, keepdim=True) >> self.columns + 5 & 1) == 0  # the top cell is free
-        return (boards[..., None] >> self.cells & 1).flatten(1).float(), legal
+        # One more in each column: the carry stops in its lowest free cell, or in the seventh bit if it is full.
+        playable = boards.sum(1, keepdim=True) + self.bottoms & self.full
+        cells = torch.cat([boards, playable], 1)[..., None] >> self.cells & 1  # (N, 3, 42)
+        return cells.flatten(1).float(), (playable >> self.columns & 63) != 0
 
     def column(self, action):
         """The column (N,) that an action at the last view means, and the other way round."""
@@ -943,8 +946,7 @@ class ConnectFour:
         Returns the mover's score (1: four in a row) and whether the game is over, (N,) each."""
         mine, theirs = self.boards.unbind(1)
         column = self.columns[self.column(action)]
-        stone = ((mine | theirs) + (1 << column)) & (63 << column)  # the carry stops in the lowest free cell
-        moved = mine | stone
+        moved = mine | ((mine | theirs) + (1 << column) & (63 << column))
         four = torch.zeros_like(moved)
         for shift in (1, 6, 7, 8):  # column, diagonals, row
             pairs = moved & (moved >> shift)

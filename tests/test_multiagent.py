@@ -106,8 +106,10 @@ def test_connect_four_equals_open_spiel():
         flipped += int(game.flipped.sum())
         for n in range(0, N, 8):
             stones = {str(x) for x in np.array(states[n].observation_tensor()).reshape(3, 6, 7)}  # two players', none
-            seen = obs[n].reshape(2, 7, 6)
-            own, other = (seen.flip(1) if game.flipped[n] else seen).transpose(1, 2).numpy().astype(float)
+            seen = obs[n].reshape(3, 7, 6)
+            own, other, free = (seen.flip(1) if game.flipped[n] else seen).transpose(1, 2).numpy().astype(float)
+            height = (own + other).sum(0).astype(int)
+            assert (free.sum(0) == (height < 6)).all() and all(free[h, i] for i, h in enumerate(height) if h < 6)
             assert {str(own), str(other)} <= stones
         for n, state in enumerate(states):
             assert [i for i, x in enumerate(legal[n]) if x] == state.legal_actions()
@@ -132,7 +134,7 @@ def test_a_mirrored_position_looks_the_same_and_gets_the_mirrored_move():
         (obs, legal), (obs2, legal2) = left.view(), right.view()
         assert torch.equal(obs, obs2) and torch.equal(legal, legal2)
         action = torch.multinomial(legal.float(), 1, generator=rng)[:, 0]
-        lopsided = (obs.view(64, 2, 7, 6).flip(2) != obs.view(64, 2, 7, 6)).flatten(1).any(1)
+        lopsided = (obs.view(64, 3, 7, 6).flip(2) != obs.view(64, 3, 7, 6)).flatten(1).any(1)
         a, b = left.column(action), right.column(action)
         b[~lopsided] = 6 - a[~lopsided]  # a symmetric board is its own mirror image: mirror the move by hand
         assert torch.equal(a, 6 - b) and (lopsided.any() or _ == 0)
@@ -553,7 +555,7 @@ def test_no_illegal_move_and_no_opponent_that_changes(monkeypatch):
             view = world.view()
             action = team.act(view["obs"], view["legal"], team.noise(128))
             view, _, _, _, over = world.step(t, action, world.noise(1)[0])
-            seats.append(view["obs"][over > 0].sum((1, 2)))
+            seats.append(view["obs"][over > 0][:, 0, :84].sum(1))
         for p in team.parameters():  # training goes on: what was frozen must not move
             p.data += 0.01 * torch.randn_like(p)
         iteration += 1
@@ -571,7 +573,7 @@ def test_the_learners_reward_may_come_from_the_opponents_ply():
         action = world.game.column(torch.full((64,), t % 2))
         view, successor, reward, terminated, over = world.step(t, action[:, None], world.noise(1)[0])
         assert torch.equal(over, terminated[:, 0]) and over.all() == (t == 3)
-    assert (reward == -1).all() and not view["obs"].any()
+    assert (reward == -1).all() and not view["obs"][..., :84].any()
 
 
 def test_who_lost_begins():
@@ -582,8 +584,8 @@ def test_who_lost_begins():
     for t in range(4):
         world.view()
         view, _, reward, _, over = world.step(t, world.game.column(torch.full((64, 1), 3)[:, 0])[:, None], None)
-    assert (reward == 1).all() and over.all() and (view["obs"].sum((1, 2)) == 1).all()
-    assert (view["obs"][:, 0, 42:].sum(1) == 1).all()
+    assert (reward == 1).all() and over.all() and (view["obs"][..., :84].sum((1, 2)) == 1).all()
+    assert (view["obs"][:, 0, 42:84].sum(1) == 1).all()
 
 
 class RockPaperScissors:
