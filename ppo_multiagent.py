@@ -701,10 +701,6 @@ class SelfPlay:
         )
         self.begun = torch.ones(self.past, dtype=torch.bool, device=device)
 
-    def meet(self, team):
-        """The present policy, as the opponent on the first boards."""
-        self.team = team
-
     @torch.no_grad()
     def deal(self, actors):
         """A new hand: HAND actors' parameters, as Pool.draw returns them."""
@@ -1180,7 +1176,7 @@ class TeamActors:
         self.old_team, self.noise = self.old_team.to(device), self.noise.to(device)
         self.rollout = {key: x.to(device) for key, x in self.rollout.items()}
         if isinstance(world, SelfPlay):
-            world.meet(self.old_team)
+            world.team = self.old_team  # the present policy is an opponent, too
         world_noise = world.noise(T).to(device)
         self.parts = [(args, world, self.old_team, self.noise, world_noise, self.rollout)]
         self.kind = BuiltInEnvironments

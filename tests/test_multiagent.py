@@ -522,7 +522,7 @@ def self_play(game, latest_prob=0.5, **more):
     args = ma.Args(algorithm="selfplay", latest_prob=latest_prob, hidden_size=16, norm_obs=False, **more)
     world = ma.SelfPlay(game, args)
     team = ma.Team(world, args)
-    world.meet(team)
+    world.team = team
     return world, team, ma.Pool(args)
 
 
