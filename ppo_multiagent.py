@@ -141,8 +141,9 @@ PRESETS = {  # what --algorithm changes about the defaults
     "mappo": {},
     "ippo": {},
     "selfplay": {
-        "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False, "gamma": 1.0,
-        "learning_rate": 1e-3, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.05, "max_grad_norm": 0.5,
+        "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
+        "learning_rate": 3e-3, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.05, "max_grad_norm": 0.5,
+        "gamma": 0.95, "opening_plies": 16,
     },
 }  # fmt: skip
 

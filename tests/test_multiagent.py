@@ -615,6 +615,7 @@ def test_rock_paper_scissors_averages_to_a_third_each(tmp_path, monkeypatch):
     monkeypatch.setitem(ma.GAMES, "rps", RockPaperScissors)
     flags = ["--algorithm", "selfplay", "--env-id", "rps", "--num-steps", 8, "--num-envs", 64, "--num-minibatches", 4]
     flags += ["--snapshot-every", 1, "--pool-size", 200, "--ent-coef", 0.07, "--lr-schedule", "constant"]
+    flags += ["--gamma", 1.0, "--opening-plies", 0]  # it has no boards to play random plies on
     train(tmp_path, *flags, "--total-timesteps", 512 * 150, "--learning-rate", 3e-3, "--hidden-size", 16)
     team, *_ = ma.load_team(tmp_path)
     obs, legal, policies = torch.ones(1, 1, 1), torch.ones(1, 1, 3, dtype=torch.bool), []
@@ -670,6 +671,28 @@ def test_match_counts_for_the_right_side():
 
     assert ma.match(game, builder, spreader).tolist() == [1] * 10
     assert ma.match(game, spreader, builder).tolist() == [0] * 10
+
+
+def test_openings_are_games_in_progress():
+    """Half of the boards begin from random, unfinished positions of up to 16 plies, anew in each iteration."""
+    world, team, pool = self_play(ma.ConnectFour(512, CPU), opening_plies=16)
+    pool.measure = lambda *_: None
+    pool.add(team, None, 0)
+    seen = []
+    for _ in range(2):
+        world.deal(pool.draw(world.HAND))
+        opening = world.game.opening
+        stones = (opening[..., None] >> world.game.cells & 1).sum(-1)  # (512, 2)
+        assert stones.sum(1).max() == 16 and 0.4 < (stones.sum(1) == 0).float().mean() < 0.6
+        assert ((stones[:, 1] - stones[:, 0]).abs() <= 1).all()
+        for board in (opening, opening.flip(1)):  # nobody has four in a row, whoever is to move
+            for shift in (1, 6, 7, 8):
+                pairs = board & (board >> shift)
+                assert not (pairs & (pairs >> 2 * shift)).any()
+        seen.append(opening.clone())
+    assert (seen[0] != seen[1]).any()
+    world.reset(torch.Generator())
+    assert torch.equal(world.game.boards, opening)
 
 
 def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
