@@ -172,13 +172,12 @@ def solved(boards):
 
     agent, values = bitbully.BitBully(), torch.full((len(boards), 7), torch.nan)
     for n, (mine, theirs) in enumerate(boards.tolist()):
-        cells = [[0] * 7 for _ in range(6)]  # rows from the top, 1: the side that began the game
-        begins = bin(mine).count("1") == bin(theirs).count("1")
-        for column in range(7):
-            for row in range(6):
-                for number, stones in ((1, mine if begins else theirs), (2, theirs if begins else mine)):
-                    if stones >> 7 * column + row & 1:
-                        cells[5 - row][column] = number
+        begins = mine.bit_count() == theirs.bit_count()  # the side to move is the one that began
+        cells = [[0] * 6 for _ in range(7)]  # columns from the bottom; 1: the side that began the game
+        for number, stones in ((1, mine if begins else theirs), (2, theirs if begins else mine)):
+            for column in range(7):
+                for row in range(6):
+                    cells[column][row] += number * (stones >> 7 * column + row & 1)
         board = bitbully.Board(cells)
         for column, score in agent.score_all_moves(board).items():
             values[n, column] = (score > 0) - (score < 0)

@@ -114,3 +114,18 @@ def test_search_is_given_the_game_as_it_was_played(tournament):
     centre = lambda obs, legal: game.column(torch.full((len(obs),), 3))  # noqa: E731
     score = tournament.match_against_search(game, lambda obs, legal: centre(obs, legal), copycat)
     assert len(score) == 6 and () in seen and (3,) in seen and (0, 3) in seen
+
+
+def test_the_solver_knows_what_is_known(tournament):
+    """Only the centre wins on the empty board; a win that is there is a right move; a single threat must be blocked."""
+    pytest.importorskip("bitbully", reason="optional package bitbully is not installed")
+    assert tournament.solved(boards(""))[0].tolist() == [-1, -1, 0, 1, 0, -1, -1]
+    positions = tournament.positions(ma.random_player(torch.Generator().manual_seed(0)), 5)[-40:]
+    values, wins = tournament.solved(positions), tournament.winning_columns(positions)
+    assert (
+        (values[wins] == 1).all()
+        and wins.any()
+        and (values.isnan() == (positions.sum(1)[:, None] >> 7 * torch.arange(7) + 5 & 1 > 0)).all()
+    )
+    values = tournament.solved(boards("012131"))[0]
+    assert (values[[0, 2, 3, 4, 5, 6]] == -1).all()
