@@ -207,11 +207,12 @@ class StackedMLP(nn.Module):
     def __init__(self, P, inputs, hidden, outputs, output_gain):
         super().__init__()
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for n_in, n_out in pairwise((inputs, hidden, hidden, outputs)):
+        gains = (math.sqrt(2), math.sqrt(2), output_gain)
+        for gain, (n_in, n_out) in zip(gains, pairwise((inputs, hidden, hidden, outputs))):
             self.weights.append(torch.empty(P, n_in, n_out))
             self.biases.append(torch.zeros(P, 1, n_out))
             for weight in self.weights[-1]:
-                nn.init.orthogonal_(weight, math.sqrt(2) if n_out == hidden else output_gain)
+                nn.init.orthogonal_(weight, gain)
 
     def forward(self, x):
         P, lead = len(self.weights[0]), x.shape[:-1]
@@ -344,9 +345,9 @@ class Team(nn.Module):
 # ==== Collecting ======================================================================================================
 #
 # Algorithm 1, lines 2 and 3: the old policies act for T steps in N environments. A rollout is a dict of tensors
-# (T, N, ...): each key of a view, the same with next_ for what followed, and action, reward, terminated, done
-# (T, N, G), over, episode_return and episode_length at an episode's end. Only actors are evaluated here. Values and
-# log-probabilities follow in one large batch (make_team_batch), since no parameter moves during a rollout.
+# (T, N, ...): each key of a view, the same with next_ for what followed, action, reward, terminated, done (T, N, G) and
+# over. Only actors are evaluated here. Values and log-probabilities follow in one large batch (make_team_batch), since
+# no parameter moves during a rollout.
 
 
 def empty_rollout(team, world, T, N):
@@ -360,8 +361,9 @@ def empty_rollout(team, world, T, N):
         for prefix in ("", "next_"):
             rollout[prefix + key] = torch.zeros(T, N, *shape, dtype=torch.bool if key == "legal" else torch.float)
     rollout["action"] = torch.zeros(T, N, G, dtype=torch.long) if team.discrete else torch.zeros(T, N, G, A)
-    rollout |= {key: torch.zeros(T, N, G) for key in ("reward", "terminated", "done", "episode_return")}
-    return rollout | {key: torch.zeros(T, N) for key in ("over", "episode_length")}
+    return (
+        rollout | {key: torch.zeros(T, N, G) for key in ("reward", "terminated", "done")} | {"over": torch.zeros(T, N)}
+    )
 
 
 class BuiltInEnvironments:
@@ -372,8 +374,6 @@ class BuiltInEnvironments:
     def __init__(self, args, world, old_team, noise, world_noise, rollout):
         self.world, self.old_team, self.rollout, self.at = world, old_team, rollout, ("all", 0)
         self.noise, self.world_noise = noise, world_noise  # of the policies, of the world: random numbers for T steps
-        self.episode_return = torch.zeros_like(rollout["reward"][0])  # (N, G)
-        self.episode_length = torch.zeros_like(rollout["over"][0])  # (N,)
         self.all_steps = recorded(args, self.steps)
 
     def run(self, seeds=None):
@@ -381,8 +381,6 @@ class BuiltInEnvironments:
         self.world_noise.copy_(self.world.noise(len(self.noise)))
         if seeds is not None:
             self.world.reset(torch.Generator().manual_seed(int(seeds[0])))
-            self.episode_return.zero_()
-            self.episode_length.zero_()
         self.all_steps()
 
     @torch.no_grad()
@@ -395,15 +393,9 @@ class BuiltInEnvironments:
                 if key in rollout:
                     rollout[key][t] = view[key]
                     rollout[f"next_{key}"][t] = successor[key]
-            self.episode_return.add_(reward)
-            self.episode_length.add_(1)
             now = {"action": action, "reward": reward, "terminated": terminated, "over": over}
-            now |= {"done": torch.maximum(terminated, over[:, None])}
-            now |= {"episode_return": self.episode_return, "episode_length": self.episode_length}
-            for key, x in now.items():
+            for key, x in (now | {"done": torch.maximum(terminated, over[:, None])}).items():
                 rollout[key][t] = x
-            self.episode_return.mul_(1 - over[:, None])
-            self.episode_length.mul_(1 - over)
             view = next_view
 
 
@@ -415,14 +407,12 @@ class ParallelEnvironments:
         self.old_team, self.noise, self.rollout = old_team, noise, rollout  # in memory that all processes share
         self.envs = [ParallelEnv(args) for _ in range(part.start, part.stop)]
         self.view = {key: rollout[key][0, part].numpy().copy() for key in VIEW if key in rollout}  # (n, ...)
-        self.episode_return, self.episode_length = np.zeros_like(self.view["alive"]), np.zeros(len(self.envs))
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
         view, _ = self.envs[i].reset(**seed)
         for key, x in self.view.items():
             x[i] = view[key]
-        self.episode_return[i] = self.episode_length[i] = 0
 
     @torch.inference_mode()
     def run(self, seeds=None):
@@ -448,9 +438,6 @@ class ParallelEnvironments:
             # An agent is done when it terminates, when the episode is over, and when it leaves alone.
             leaves = now["alive"] > now["next_alive"]
             now["done"][:] = leaves | (now["terminated"] > 0) | (now["over"][:, None] > 0)
-            self.episode_return += now["reward"]
-            self.episode_length += 1
-            now["episode_return"][:], now["episode_length"][:] = self.episode_return, self.episode_length
             for i in np.flatnonzero(now["over"]):
                 self.begin_episode(i, t)
 
@@ -1164,7 +1151,8 @@ class TeamActors:
         self.old_team, self.noise = copy.deepcopy(team), team.noise(T, N)
         self.rollout = empty_rollout(team, world, T, N)
         self.episodes, self.last = 0, deque(maxlen=100)  # last: (return, length) of the episodes that ended last
-        self.ended = torch.zeros(0, team.G)  # the returns of those that ended in this rollout
+        self.running = torch.zeros(N, team.G + 1)  # returns of the episodes in flight, agent by agent, and their length
+        self.ended = self.running[:0]  # the same of those that ended in this rollout
         if isinstance(world, ParallelEnv):
             close(world)
             self.old_team.share_memory()
@@ -1221,11 +1209,18 @@ class TeamActors:
         for answer in answers:
             if answer is not None:
                 raise RunFailed(answer)
-        over = self.rollout["over"] > 0  # (T, N)
-        self.ended, lengths = (self.rollout[key][over].cpu() for key in ("episode_return", "episode_length"))
-        self.episodes += len(lengths)
-        self.last.extend(zip(self.ended[-100:].sum(-1).tolist(), lengths[-100:].int().tolist()))
+        self.note_episodes(*(self.rollout[key].cpu() for key in ("reward", "over")), begins=seed is not None)
         return self.rollout
+
+    def note_episodes(self, reward, over, begins):
+        ended, self.running = [], self.running * (not begins)
+        for reward_t, over_t in zip(reward, over > 0):  # (N, G), (N,)
+            self.running += nn.functional.pad(reward_t, (0, 1), value=1.0)
+            ended.append(self.running[over_t])
+            self.running[over_t] = 0
+        self.ended = torch.cat(ended)
+        self.episodes += len(self.ended)
+        self.last.extend((sum(returns), int(length)) for *returns, length in self.ended[-100:].tolist())
 
     def statistics(self):
         """Episodes so far, and mean raw return, summed over agents, and length of the last 100."""
@@ -1234,7 +1229,7 @@ class TeamActors:
 
     def by_agent(self):
         """Each agent's mean raw return in the episodes that ended in this iteration; with one agent nothing."""
-        means = self.ended.mean(0).tolist()
+        means = self.ended.mean(0)[:-1].tolist()
         return {f"returns/agent_{g}": x for g, x in enumerate(means)} if len(means) > 1 else {}
 
 

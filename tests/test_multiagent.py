@@ -164,7 +164,8 @@ def test_a_pettingzoo_world_row_by_row(num_workers):
         assert r["terminated"][:, n, 0].tolist() == ((step == 4) & (episode % 2 == 1)).astype(float).tolist()
         assert r["terminated"][:, n, 1].tolist() == ((step == 2) * 1.0).tolist()
         assert r["done"][:, n, 0].tolist() == r["over"][:, n].tolist() == ((step == 4) * 1.0).tolist()
-    assert actors.statistics()["episodic_return"] == 5 + 30 + 500 and actors.episodes == 4
+    assert actors.statistics() == {"episodes": 4, "episodic_return": 5 + 30 + 500, "episodic_length": 5}
+    assert actors.running.tolist() == [[2, 20, 200, 2]] * 2  # the third episode is in flight
     assert list(actors.by_agent().values()) == [5, 30, 500]
 
 
