@@ -34,8 +34,8 @@ no longer noise in agent g's advantage. That such a critic does not bias the pol
 Agent g's own action must not be among its inputs: then b could not leave the sum, and the gradient would be biased.
 
 What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for what is not
-there. Left out are recurrence and the Huber loss. Different on purpose: four minibatches where the paper advises one
-(simple_spread at 100k steps: -59; with one -65 to -69), and values that are bootstrapped at a time limit.
+there. Left out are recurrence and the Huber loss. Different on purpose: four minibatches where the paper advises one,
+because simple_spread is learned faster, and values that are bootstrapped at a time limit.
 
     python ppo_multiagent.py                                                    # MAPPO on simple_spread: one minute
     python ppo_multiagent.py --algorithm ippo --no-share-params
@@ -43,8 +43,8 @@ there. Left out are recurrence and the Huber loss. Different on purpose: four mi
     python ppo_multiagent.py --env-id mpe2.simple_tag_v3 --team-reward none     # any PettingZoo parallel environment
     python ppo_multiagent.py --evaluate runs/simple_spread__ppo_multiagent__1__DATE
 
-Expect, summed over agents, on simple_spread: -59 at 100k steps, -55 at the end of a run of 550k, -32 after 10M with
---hidden-size 128; random play -80. Other projects count differently: docs/multiagent.md converts their scores.
+What to expect: the README has every seed, and random play gets -80 on simple_spread, summed over agents. Other projects
+count differently: docs/multiagent.md converts their scores.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, G agents, P learners (1 or G),
 D numbers in an observation, S in a state, A actions (Discrete) or action dimensions (Box).
@@ -131,7 +131,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    latest_prob: float = 0.5  # selfplay: the share of boards where the opponent is the present policy, not a past one
+    latest_prob: float = 0.5  # selfplay: the share of boards where the opponent is the present policy, not a snapshot
     opening_plies: int = 0  # selfplay: half of the games begin after up to this many random plies
     snapshot_every: int = 10  # selfplay: iterations between snapshots; doubles whenever the pool is full
     pool_size: int = 32  # selfplay: the most snapshots that are kept, always spread evenly over the run
@@ -662,7 +662,7 @@ def train(args: Args) -> dict:
 #
 # Against a fixed opponent a policy learns to exploit it. Against itself it always meets an equal, and both get better.
 # But a policy that only knows its present self may run in circles: what beats today's policy may lose to last week's.
-# So some of the boards are played against snapshots of the past (the notes' "previous checkpoints").
+# So some of the boards are played against snapshots of the past.
 #
 # The learner sees a world with one agent: a step is its move and the reply. Which board has which opponent is fixed,
 # so that many networks play as one product of stacked matrices: the first boards belong to the present policy, the
@@ -1053,6 +1053,8 @@ class ParallelEnv(gym.Env):
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
         if not self.discrete and not all(isinstance(s, gym.spaces.Box) and s.is_bounded() for s in self.spaces):
             raise UserError(f"{args.env_id} has action spaces {self.spaces}; this script does Discrete or bounded Box")
+        if any(len(space.shape or ()) > 2 for space in self.obs_spaces):
+            raise UserError(f"{args.env_id} has observations {self.obs_spaces}; this script is not for images")
         widths = np.array([gym.spaces.flatdim(space) for space in self.spaces])
         self.num_agents, A = len(self.names), int(widths.max())
         self.own_actions = np.arange(A) < widths[:, None]  # (G, A)

@@ -715,6 +715,7 @@ def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
         (["--algorithm", "selfplay", "--env-id", "simple_spread"], "plays connect_four"),
         (["--env-id", "connect_four"], "is a game for --algorithm selfplay"),
         (["--algorithm", "selfplay", "--num-steps", "16"], "--num-steps must be at least 21"),
+        (["--env-id", "toy_parallel.pictures"], "this script is not for images"),
         (["--env-id", "no_such_env"], "there is no environment no_such_env"),
         (["--env-id", "toy_parallel.nothing"], "there is no environment toy_parallel.nothing"),
         (["--env-id", "toy_parallel.matrix", "--env-kwargs", "{"], "is not a JSON object"),

@@ -146,7 +146,13 @@ class Mixed(Mortals):
     action_spaces = Mortals.action_spaces | {"wide": Box(-1, 1, (2,))}
 
 
+class Pictures(Alone):
+    """An agent that sees an image: refused."""
+
+    observation_spaces = {"only": Box(0, 255, (8, 8, 3), np.uint8)}
+
+
 TROUBLE = {f"broken_{x}": type("Broken", (Broken,), {"trouble": x}) for x in ("raise", "nan", "reward", "shape")}
 NAMED = {"mixed": Mixed, "matrix": MatrixGame, "mortals": Mortals, "alone": Alone, "thrusters": Thrusters}
-for name, env in (NAMED | {"leavers": Leavers} | TROUBLE).items():
+for name, env in (NAMED | {"leavers": Leavers, "pictures": Pictures} | TROUBLE).items():
     globals()[name] = type(name, (), {"parallel_env": env})
