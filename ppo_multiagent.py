@@ -1,78 +1,75 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==4.0.0",
-#     "matplotlib==3.11.2",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
-"""MAPPO and IPPO (Yu et al. 2022, arXiv 2103.01955; de Witt et al. 2020, 2011.09533), and self-play, with PPO.
+"""PPO for several agents: MAPPO (Yu et al. 2022, arXiv 2103.01955), IPPO (de Witt et al. 2020, 2011.09533), self-play.
 
-Every agent g acts on its own observation, pi(a^g | o^g), and maximises PPO's clipped surrogate (1707.06347, eq. 7):
+Several agents act at the same time, each on its own observation. For any one of them the others are a part of the
+world, and this part changes while they learn. PPO copes with that better than one would expect: each agent maximises
+the clipped surrogate of ppo_clip.py (which explains it), and the clip also limits how much the others change at once.
 
     L(theta) = mean over t, g of  min(r_t^g A_t^g, clip(r_t^g, 1-eps, 1+eps) A_t^g)  +  entropy  -  value error
-    ippo     A_t^g from a critic on what agent g sees,  V(o^g)           notes §2.4: "independently"
-    mappo    A_t^g from a critic on what all agents see, V(s, g)         notes §2.4: "centralized critic"
-    selfplay one policy plays both seats of a zero-sum game; the opponent's is frozen: the current one or an earlier one
 
-The critic is for training only, so MAPPO's policies stay decentralised. Its input is all that separates the two:
-with one agent that sees everything they are the same numbers, bit for bit. (The notes also offer joint actions as the
-critic's input; that is a Q function's, not the V that PPO's advantages need.)
+What is special to several agents is where the advantages A_t^g come from, and who the others are:
 
---share-params (the papers' benchmarks): one network for all agents, told by a one-hot agent id which one it is.
---no-share-params (the notes' IPPO): each agent has its own networks and normalisers, and learns from its own samples.
-Both are one code path here: networks are stacks of P weight matrices, P = 1 or P = G.
+    ippo       Independent learners. Agent g's critic sees what agent g sees: V(o^g).
+    mappo      Agents that learn together and act apart. The critic sees the joint state: V(s, g). It is needed for
+               training only, so the policies pi(a^g | o^g) stay decentralised.
+    selfplay   One policy plays both sides of a zero-sum game, against itself and against its own past.
 
-What the MAPPO paper found to matter, and is done: the value target is normalised (and the critic's output taken back),
-few epochs, a small clip, masks for what is not there. Left out: recurrence, and the clipped Huber value loss (the
-errors of normalised targets seldom reach its knee at 10). Departures: a batch is split into four minibatches, which the
-paper advises against (simple_spread at 100k steps: -59; with one, -65 to -69); a time limit is bootstrapped, from the
-state before the reset, which takes PopArt to be stable (see Agent.update_normalisers); observations are scaled by
-running statistics that are saved with the model, not by a layer.
+mappo and ippo differ in the critic's input and in nothing else: with one agent that sees everything they are the same
+numbers, bit for bit. Agents share one network, which is told by a one-hot vector whom it speaks for; with
+--no-share-params each has its own networks, normalisers and gradient norm, and learns from its own samples only.
 
-Commands:
-    python ppo_multiagent.py                                      # MAPPO, built-in simple_spread, 1M steps
+--critic-input state-actions shows agent g's critic the actions of the others, too: V(s, a^-g). What they did is then
+no longer noise in agent g's advantage. That such a critic does not bias the policy gradient takes five lines:
+
+    Let b be any function of s and of a^-g, the others' actions, and let all agents draw independently, given s.
+    E[ grad log pi(a^g|o^g) b(s, a^-g) ]
+      = E_s E_{a^-g|s} [ b(s, a^-g)  sum_{a^g} pi(a^g|o^g) grad log pi(a^g|o^g) ]       independence
+      = E_s E_{a^-g|s} [ b(s, a^-g)  grad sum_{a^g} pi(a^g|o^g) ]  =  0                 since the sum is always 1
+    So subtracting b leaves the expected gradient as it is (the counterfactual baseline of COMA, Foerster et al. 2018).
+
+Agent g's own action must not be among its inputs: then b could not leave the sum, and the gradient would be biased.
+
+What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for what is not
+there. Left out are recurrence and the Huber loss. Different on purpose: four minibatches where the paper advises one,
+because simple_spread is learned faster, and values that are bootstrapped at a time limit.
+
+    python ppo_multiagent.py                                                    # MAPPO on simple_spread: one minute
     python ppo_multiagent.py --algorithm ippo --no-share-params
-    python ppo_multiagent.py --algorithm selfplay --total-timesteps 5000000      # built-in connect_four, 4 minutes
-    python ppo_multiagent.py --evaluate RUN --opponent mcts-50 --eval-episodes 200     # needs open_spiel; or: random,
-    python ppo_multiagent.py --evaluate RUN --opponent pool                            # RUN2, pool (Elo table, elo.png)
-    python ppo_multiagent.py --env-id mpe2.simple_speaker_listener_v4 --no-share-params     # any PettingZoo environment
-    python ppo_multiagent.py --env-id gymnasium_robotics.mamujoco_v1 --no-share-params --num-envs 8 --num-steps 256
-        (with --env-kwargs '{"scenario": "HalfCheetah", "agent_conf": "2x3"}' --num-minibatches 32 --learning-rate 3e-4)
+    python ppo_multiagent.py --algorithm selfplay --total-timesteps 5000000     # Connect Four
+    python ppo_multiagent.py --env-id mpe2.simple_tag_v3 --team-reward none     # any PettingZoo parallel environment
+    python ppo_multiagent.py --evaluate runs/simple_spread__ppo_multiagent__1__DATE
 
-Expect (README: seeds), returns summed over agents: simple_spread -59 at 100k steps and -55 at 550k, the end of a run;
--32 after 10M with --hidden-size 128; random play -80. connect_four after 2M moves (2 minutes): 0.97 against random
-play, 0.5-0.66 against MCTS-50.
+What to expect: the README has every seed, and random play gets -80 on simple_spread, summed over agents. Other projects
+count differently: docs/multiagent.md converts their scores.
 
-Shapes: T steps, N envs, B = T*N, M minibatch, G agents, P learners (1 or G), D observation, S state, A actions.
+Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, G agents, P learners (1 or G),
+D numbers in an observation, S in a state, A actions (Discrete) or action dimensions (Box).
 """
 
 import contextlib
 import copy
-import csv
-import dataclasses
-import hashlib
 import importlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
+import zipfile
 from collections import deque
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -81,775 +78,761 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from torch._higher_order_ops.scan import scan
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.func import functional_call
+from torch.nn.functional import one_hot
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = "ppo_multiagent"  # written into checkpoints and folder names; a checkpoint of another script is refused
+SCRIPT = Path(__file__).stem  # the file's own name: a copy under another name makes, and accepts, runs of its own
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+Distribution.set_default_validate_args(False)  # looking at every argument would wait for the GPU in each minibatch
 
 
 @dataclass
 class Args:
-    """MAPPO, IPPO, self-play. Defaults: the MAPPO paper's for MPE (its Table 11); PRESETS below has self-play's."""
+    """MAPPO, IPPO and self-play. Defaults: the MAPPO paper's for particle environments; for self-play see PRESETS."""
 
-    # the run
-    algorithm: Literal["mappo", "ippo", "selfplay"] = "mappo"
-    """mappo: critic on the joint state; ippo: on the agent's own observation; selfplay: two-player games"""
-    env_id: str = "simple_spread"
-    """built in: simple_spread, connect_four (selfplay); or a PettingZoo parallel environment: mpe2.simple_tag_v3"""
-    env_kwargs: str = "{}"
-    """arguments of a PettingZoo environment, as JSON"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the whole run, all agents acting in each (selfplay: moves of the learner)"""
-    seed: int = 1
-    """all randomness of the run follows from it"""
-    cuda: bool = False
-    """train on the GPU; the built-in environments run there too"""
-    compile: bool = True
-    """torch.compile the minibatch update: some 15 s of start-up (5 s once cached), then faster updates;
-    runs shorter than 200 000 steps default to --no-compile"""
-    run_dir: str | None = None
-    """this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)"""
-    checkpoint_every: int = 100_000
-    """write a checkpoint whenever global_step passes a multiple of this; episodes in flight are truncated there"""
-    resume: str | None = None
-    """a checkpoint or a run folder to go on from; flags that are not given keep the checkpoint's values"""
-    stop_at_step: int | None = None
-    """end this process, with a checkpoint, at the first iteration end at or past this step"""
-    evaluate: str | None = None
-    """no training: run the policies of this checkpoint or run folder, likeliest actions, and print one JSON line"""
-    eval_episodes: int = 10
-    """episodes or games of --evaluate"""
-    opponent: str = "random"
-    """with --evaluate, selfplay: random, mcts-N (open_spiel's with N simulations a move), another checkpoint or run
-    folder, or pool: all snapshots against each other, an Elo table and elo.png"""
-    capture_video: bool = False
-    """with --evaluate: write a video of every episode beside the checkpoint (PettingZoo environments)"""
+    algorithm: Literal["mappo", "ippo", "selfplay"] = "mappo"  # whose critic sees what, or one policy on both sides
+    env_id: str = "simple_spread"  # simple_spread, connect_four (selfplay), or PettingZoo's: mpe2.simple_tag_v3
+    env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
+    total_timesteps: int = 1_000_000  # steps of the whole run, all agents acting in each; selfplay: the learner's moves
+    seed: int = 1  # all randomness of the run follows from it
+    cuda: bool = False  # train on the GPU; built-in worlds run there, too, a whole rollout as one CUDA graph
+    compile: bool = True  # torch.compile the update; by default only where it pays, from 200 000 steps
+    run_dir: str | None = None  # this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)
+    checkpoint_every: int = 100_000  # write a checkpoint whenever global_step passes a multiple of this
+    resume: str | None = None  # a checkpoint or run folder to go on from; flags that are not given keep its values
+    stop_at_step: int | None = None  # end this process, with a checkpoint, at the first iteration end past this step
+    evaluate: str | None = None  # no training: run this checkpoint without noise and print one line of JSON
+    eval_episodes: int = 10  # with --evaluate: the number of episodes or, in self-play, of games against random play
+    capture_video: bool = False  # with --evaluate: write a video of every episode (PettingZoo environments)
 
-    # the actors
-    num_envs: int = 128
-    """N, parallel environments ("at least over 50", the official code's authors)"""
-    num_steps: int = 25
-    """T, steps in each environment per iteration"""
-    vectorization: Literal["sync", "async"] = "sync"
-    """how PettingZoo environments are stepped: in this process, or one process each"""
+    num_envs: int = 128  # N, parallel environments (the authors of the official code: "at least over 50")
+    num_steps: int = 25  # T, steps in each environment per iteration
+    num_workers: int = CORES  # processes that run PettingZoo environments, this one included; 0: only this one
 
-    # the agents
-    share_params: bool = True
-    """one network for all agents; --no-share-params: each agent its own actor and critic"""
-    team_reward: Literal["sum", "mean", "none"] = "sum"
-    """what an agent learns from: the sum or mean of all agents' rewards (cooperative tasks), or its own"""
-    hidden_size: int = 64
-    """width of the two hidden layers"""
-    norm_obs: bool = True
-    """scale observations and states by running statistics"""
+    share_params: bool = True  # one network for all agents; --no-share-params: each agent has its own
+    critic_input: Literal["state", "state-actions"] = "state"  # mappo: V(s, g), or V(s, a^-g) with the others' actions
+    team_reward: Literal["sum", "mean", "none"] = "sum"  # an agent learns from all agents' rewards, or from its own
+    hidden_size: int = 64  # width of the two hidden layers
+    norm_obs: bool = True  # scale observations and states by running statistics
 
-    # the algorithm
-    learning_rate: float = 7e-4
-    """Adam step size; its first value where a schedule changes it"""
-    lr_schedule: Literal["linear", "constant"] = "linear"
-    """linear: to 0 over the run (the official code can, and by default does not)"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
-    num_minibatches: int = 4
-    """minibatches per epoch. The MAPPO paper advises against splitting; simple_spread learns faster with four"""
-    update_epochs: int = 10
-    """K, passes over each batch; the MAPPO paper advises 5 to 15, fewer for harder tasks"""
-    norm_adv: bool = True
-    """normalise advantages to mean 0 and standard deviation 1 in each minibatch, over all that a network learns from"""
-    clip_coef: float = 0.2
-    """eps of the clipped surrogate"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the squared error of the normalised value"""
-    max_grad_norm: float = 10.0
-    """clip the gradient's global norm to this"""
+    learning_rate: float = 7e-4  # Adam's step size
+    lr_schedule: Literal["linear", "constant"] = "linear"  # linear: to 0 over the run
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    num_minibatches: int = 4  # minibatches per epoch (the paper advises 1; simple_spread learns faster with 4)
+    update_epochs: int = 10  # K, passes over each batch (the paper advises 5 to 15, fewer for harder tasks)
+    norm_adv: bool = True  # normalise advantages in each minibatch, over all samples that a learner learns from
+    clip_coef: float = 0.2  # eps of the clip
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the squared error of the normalised value
+    max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    # self-play
-    latest_prob: float = 0.5
-    """probability that an episode's opponent is the current policy; else it comes from the pool"""
-    opponent_sampling: Literal["uniform", "window", "pfsp"] = "uniform"
-    """from the whole pool, its latest quarter, or in proportion to (1 - score against it)^2 (Vinyals et al. 2019)"""
-    snapshot_every: int = 10
-    """iterations between snapshots for the pool; doubles whenever the pool is full"""
-    pool_size: int = 32
-    """snapshots that are kept; from a full pool every second one goes, so that it always spans the run evenly"""
+    latest_prob: float = 0.5  # selfplay: the share of boards where the opponent is the present policy, not a snapshot
+    opening_plies: int = 0  # selfplay: half of the games begin after up to this many random plies
+    snapshot_every: int = 10  # selfplay: iterations between snapshots; doubles whenever the pool is full
+    pool_size: int = 32  # selfplay: the most snapshots that are kept, always spread evenly over the run
 
 
-# what --algorithm changes about the defaults
-PRESETS = {
+PRESETS = {  # what --algorithm changes about the defaults
     "mappo": {},
     "ippo": {},
     "selfplay": {
-        "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False, "gamma": 1.0,
-        "learning_rate": 1e-3, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.05, "max_grad_norm": 0.5,
+        "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
+        "learning_rate": 3e-3, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.05, "max_grad_norm": 0.5,
+        "gamma": 0.95, "opening_plies": 16,
     },
 }  # fmt: skip
 
 
-# ==== Networks and distributions ======================================================================================
+# ==== What a world is =================================================================================================
+#
+# A world is what the agents live in. Three kinds exist: SimpleSpread (cooperation) and SelfPlay (a game, seen by one of
+# its two players) are built in, and run N copies of themselves at once, as tensors. ParallelEnv wraps one PettingZoo
+# environment, of which processes run N. All say how much they show: num_agents G, obs_dim D, state_dim S, and
+# action_space, that of one agent (of the widest, if they differ; the others are padded).
+#
+# A view is what a world shows at one moment, a dict:
+#     obs    (N, G, D)  what each agent sees
+#     state  (N, S)     what all of them know together, for MAPPO's critic
+#     legal  (N, G, A)  the actions that exist for an agent, and are allowed now
+#     alive  (N, G)     who takes part: in some worlds agents leave before the others
+# A built-in world has view(), reset(generator), noise(T), the random numbers of T steps, and
+#     step(t, action, noise) -> view, successor, reward (N, G), terminated (N, G), over (N,)
+# `over` says where an episode has ended. There `view` is already the next episode's, `successor` what was seen last.
+# Nothing in a step moves in memory, depends on a number in Python or waits for the device, so that a CUDA graph can
+# hold T of them.
+
+VIEW = ("obs", "state", "legal", "alive")
 
 
-class DiagGaussian:
-    """Normal distribution with diagonal covariance (Box actions). A policy is a tensor (..., P = 2A): mean, log std."""
-
-    @staticmethod
-    def log_prob(policy, action):  # -> (...), summed over the action's dimensions
-        mean, log_std = policy.chunk(2, dim=-1)
-        z = (action - mean) * (-log_std).exp()
-        return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    @staticmethod
-    def entropy(policy):  # -> (...)
-        return (policy.chunk(2, dim=-1)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-    @staticmethod
-    def kl(old, new):
-        """KL(old || new) in closed form, nats. (..., 2A), (..., 2A) -> (...)"""
-        (m0, s0), (m1, s1) = old.chunk(2, dim=-1), new.chunk(2, dim=-1)
-        return (s1 - s0 + 0.5 * ((2 * s0).exp() + (m0 - m1).square()) * (-2 * s1).exp() - 0.5).sum(-1)
+# ==== Policies and critics of a team ==================================================================================
+#
+# Actors are decentralised: an agent's policy knows its own observation, because that is all it will have when it acts.
+# Critics only help to learn, so they may know more. For both, P learners are one stack of P weight matrices: P = 1 if
+# all agents share a network, and P = G if each has its own. So both cases are one code path.
 
 
-class Categorical:
-    """Distribution over Discrete actions. A policy is a tensor of log-probabilities (..., P = A)."""
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far. Networks learn best from numbers of about size 1, and nobody knows an
+    environment's sizes beforehand. The statistics are buffers of the agent, so they are saved with its weights."""
 
-    @staticmethod
-    def log_prob(policy, action):
-        return policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    def __init__(self, *shape):
+        super().__init__()
+        for name, x in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("count", torch.zeros(()))):
+            self.register_buffer(name, x.double())
+        self.register_buffer("inv_std", self.var.clone())
 
-    @staticmethod
-    def entropy(policy):
-        return -(policy.exp() * policy).sum(-1)
+    def update(self, x):
+        """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule."""
+        x, n = x.to(self.mean), len(x)
+        total, delta = self.count + n, x.mean(0) - self.mean
+        m2 = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
+        self.mean.add_(delta * n / total)
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # what never moved has no scale: 1
 
-    @staticmethod
-    def kl(old, new):
-        """KL(old || new) in closed form, nats. (..., A), (..., A) -> (...)"""
-        return (old.exp() * (old - new)).sum(-1)
-
-
-def gumbel(shape, rng):
-    """Noise that makes the argmax of logits + noise a sample of their softmax."""
-    return -torch.empty(shape).exponential_(generator=rng).log()
+    def forward(self, x):
+        return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
 
 
 class StackedMLP(nn.Module):
-    """P networks of the same shape, side by side, with two hidden ReLU layers. Layer i is P weight matrices.
+    """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
+    P = 1: the same network for each of the G agents; P = G: one network each."""
 
-    (..., G, D) -> (..., G, outputs), with P = 1: the same network for each of the G agents, or P = G: one network each.
-    Orthogonal initialisation with zero biases.
-    """
-
-    def __init__(self, P, inputs, hidden, outputs, output_gain, rng):
+    def __init__(self, P, inputs, hidden, outputs, output_gain):
         super().__init__()
-        sizes, gains = [inputs, hidden, hidden, outputs], [math.sqrt(2), math.sqrt(2), output_gain]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for n_in, n_out, gain in zip(sizes, sizes[1:], gains):
-            weight = torch.empty(P, n_in, n_out)
-            for p in range(P):
-                nn.init.orthogonal_(weight[p], gain, generator=rng)
-            self.weights.append(weight)
+        gains = (math.sqrt(2), math.sqrt(2), output_gain)
+        for gain, (n_in, n_out) in zip(gains, pairwise((inputs, hidden, hidden, outputs))):
+            self.weights.append(torch.empty(P, n_in, n_out))
             self.biases.append(torch.zeros(P, 1, n_out))
+            for weight in self.weights[-1]:
+                nn.init.orthogonal_(weight, gain)
 
     def forward(self, x):
         P, lead = len(self.weights[0]), x.shape[:-1]
-        x = x.reshape(-1, lead[-1] if P > 1 else 1, x.shape[-1]).transpose(0, 1)  # (P, rows, inputs)
+        x = x.flatten(0, -2)[None] if P == 1 else x.flatten(0, -3).transpose(0, 1)  # (P, rows, inputs)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, x.relu() if i else x, weight)
-        return x.transpose(0, 1).reshape(*lead, -1)
+        return x.transpose(0, 1).reshape(*lead, x.shape[-1])
 
 
-class Agent(nn.Module):
-    """Policies and values of all agents, and the normalisers they see the world through: saved and loaded as one."""
+def gumbel(*shape, generator=None):
+    """Noise that makes the argmax of logits + noise a sample of their softmax."""
+    return -torch.empty(shape).exponential_(generator=generator).log()
 
-    def __init__(self, world, centralised, share_params, hidden, rng):
+
+class Team(nn.Module):
+    """The policies pi(a^g|o^g) and values of all agents, and the statistics that scale what both see. Acting, learning,
+    evaluation and checkpoints all use this class. Each parameter has P, the learners, as its first dimension."""
+
+    def __init__(self, world, args):
         super().__init__()
-        self.G, self.P = world.num_agents, 1 if share_params else world.num_agents
-        self.centralised = centralised  # the critic sees the joint state (MAPPO), not the agent's observation
+        self.G, self.P = world.num_agents, 1 if args.share_params else world.num_agents
+        self.critic_sees = args.critic_input if args.algorithm == "mappo" else "obs"
         self.discrete = isinstance(world.action_space, gym.spaces.Discrete)
-        self.dist = Categorical if self.discrete else DiagGaussian
-        self.action_dim = int(world.action_space.n if self.discrete else world.action_space.shape[0])
-        self.policy_dim = self.action_dim if self.discrete else 2 * self.action_dim
-        self.ids = self.G if self.P < self.G else 0  # width of the one-hot agent id
-        critic_dim = world.state_dim if centralised else world.obs_dim
-        self.actor = StackedMLP(self.P, world.obs_dim + self.ids, hidden, self.action_dim, 0.01, rng)
-        self.critic = StackedMLP(self.P, critic_dim + self.ids, hidden, 1, 1.0, rng)
+        self.action_dim = A = int(world.action_space.n if self.discrete else world.action_space.shape[0])
+        self.register_buffer("identity", torch.eye(self.G), persistent=False)
+        ids = self.G if self.P < self.G else 0  # the one-hot agent id, where agents share a network
+        D = {"obs": world.obs_dim, "state": world.state_dim, "state-actions": world.state_dim + self.G * A}
+        self.actor = StackedMLP(self.P, world.obs_dim + ids, args.hidden_size, A, output_gain=0.01)
+        self.critic = StackedMLP(self.P, D[self.critic_sees] + ids, args.hidden_size, 1, output_gain=1.0)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(self.P, self.action_dim))  # the same in all states
-        self.obs_rms = nn.ModuleList(RunningMeanStd((world.obs_dim,)) for _ in range(self.P))
-        self.value_rms = nn.ModuleList(RunningMeanStd(()) for _ in range(self.P))
-        self.state_rms = RunningMeanStd((world.state_dim,))
+            self.log_std = nn.Parameter(torch.zeros(self.P, A))  # the same in all states; ppo_clip.py says why
+        scaled = self.P if args.norm_obs else 0
+        self.obs_rms = nn.ModuleList(RunningMeanStd(world.obs_dim) for _ in range(scaled))
+        self.state_rms = nn.ModuleList(RunningMeanStd(world.state_dim) for _ in range(min(scaled, 1)))
+        self.value_rms = nn.ModuleList(RunningMeanStd() for _ in range(self.P))
 
-    def with_id(self, x):  # (..., G, D) -> (..., G, D + ids)
-        if not self.ids:
-            return x
-        return torch.cat([x, torch.eye(self.ids, device=x.device).expand(*x.shape[:-1], self.ids)], -1)
+    def scaled_obs(self, obs):  # (..., G, D), by each learner's own statistics
+        if self.P == 1 or not self.obs_rms:
+            return self.obs_rms[0](obs) if self.obs_rms else obs
+        return torch.stack([rms(x) for rms, x in zip(self.obs_rms, obs.unbind(-2))], -2)
 
-    def policy(self, obs, legal):
-        """obs (..., G, D) normalised, legal (..., G, A) -> (..., G, policy_dim). Illegal actions have probability 0;
-        an action dimension that an agent does not have gets a constant distribution of entropy 0, and no gradient."""
+    def scaled_state(self, state):  # (..., S)
+        return self.state_rms[0](state) if self.state_rms else state
+
+    def with_id(self, x):  # (..., G, inputs)
+        return x if self.P == self.G else torch.cat([x, self.identity.expand(*x.shape[:-1], self.G)], -1)
+
+    def policy_parameters(self, obs, legal):
+        """At scaled observations (..., G, D): log-probabilities (..., G, A), or mean and log std (..., G, 2A).
+        Illegal actions have probability 0. An action dimension that an agent does not have gets mean 0 and the standard
+        deviation whose entropy is 0, whatever the network says, so no gradient flows."""
         out = self.actor(self.with_id(obs))
         if self.discrete:
-            return out.masked_fill(~legal, -1e8).log_softmax(-1)
-        no_entropy = -0.5 * math.log(2 * math.pi * math.e)
-        return torch.cat([out.where(legal, 0), self.log_std.expand_as(out).where(legal, no_entropy)], -1)
+            return out.masked_fill(~legal, -1e8).log_softmax(-1)  # NOTE: not -inf: the entropy's gradient would be nan
+        log_std, no_entropy = self.log_std.expand_as(out), -0.5 * math.log(2 * math.pi * math.e)
+        return torch.cat([out.where(legal, 0), log_std.where(legal, no_entropy)], -1)
 
-    def value(self, obs, state):
-        """obs (..., G, D), state (..., S), normalised -> (..., G), normalised."""
-        x = state.unsqueeze(-2).expand(*obs.shape[:-1], -1) if self.centralised else obs
+    def distribution(self, parameters):
+        if self.discrete:
+            return Categorical(logits=parameters)
+        mean, log_std = parameters.chunk(2, -1)
+        return Independent(Normal(mean, log_std.exp()), 1)  # log-probabilities are summed over an agent's dimensions
+
+    def policy(self, obs, legal):
+        """The distributions pi(.|o^g) at scaled observations (..., G, D)."""
+        return self.distribution(self.policy_parameters(obs, legal))
+
+    def value(self, obs, state, action):
+        """V at scaled obs (..., G, D) or state (..., S), in units of the normalised return. (..., G)"""
+        x = obs
+        if self.critic_sees != "obs":
+            x = state.unsqueeze(-2).expand(*state.shape[:-1], self.G, -1)  # V(s, g)
+        if self.critic_sees == "state-actions":  # V(s, a^-g)
+            x = torch.cat([x, self.actions_of_others(action)], -1)
         return self.critic(self.with_id(x)).squeeze(-1)
 
-    def frozen_policy(self):
-        """The policies as they are now, as a function of what a world shows (raw observations) that no later update
-        reaches: (view, noise=None) -> actions (N, G) or (N, G, A), sampled, or without noise the likeliest ones."""
-        frozen = copy.deepcopy(self).requires_grad_(False)
-        normalize = frozen.obs_normalizer()
+    def actions_of_others(self, action):
+        """All agents' actions (..., G) or (..., G, A), for each agent with zeros in place of its own. (..., G, GA)"""
+        taken = one_hot(action, self.action_dim).float() if self.discrete else action.clamp(-1, 1)  # (..., G, A)
+        others = (1 - self.identity)[..., None]  # (G, G, 1)
+        return (taken.unsqueeze(-3) * others).flatten(-2)
 
-        @torch.no_grad()
-        def act(view, noise=None):
-            policy = frozen.policy(normalize(view["obs"]), view["legal"])
-            if frozen.discrete:
-                return (policy if noise is None else policy + noise).argmax(-1)
-            mean, log_std = policy.chunk(2, dim=-1)
-            return mean if noise is None else mean + log_std.exp() * noise
+    def noise(self, *lead):
+        """The random numbers of one action of each agent: Gumbel or, for Box, standard normal. (*lead, G, A)"""
+        shape = (*lead, self.G, self.action_dim)
+        return gumbel(*shape) if self.discrete else torch.randn(shape)
 
-        return act
-
-    def noise(self, *lead, rng):
-        """For `frozen_policy`: Gumbel or standard normal."""
-        shape, device = (*lead, self.G, self.action_dim), self.actor.weights[0].device
+    def act(self, obs, legal, noise):
+        """Sample actions at raw observations (N, G, D) by means of noise (N, G, A), which comes from outside. Noise 0.0
+        gives the likeliest actions. Returns (N, G) or, for Box, (N, G, A)."""
+        parameters = self.policy_parameters(self.scaled_obs(obs), legal)
         if self.discrete:
-            return gumbel(shape, rng).to(device)
-        return torch.randn(shape, generator=rng).to(device)
-
-    def obs_normalizer(self):
-        """The map of observations (..., G, D) by each learner's own statistics, frozen as they are now."""
-        mean, inv_std = (torch.stack(x).float() for x in zip(*((r.mean, r.inv_std()) for r in self.obs_rms)))
-        return lambda obs: ((obs - mean) * inv_std).clamp(-10, 10)
-
-    def normalized(self, obs, state=None):  # (..., G, D), (..., S) unless None
-        return self.obs_normalizer()(obs), None if state is None else self.state_rms.normalizer()(state)
+            return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
+        mean, log_std = parameters.chunk(2, -1)
+        return mean + log_std.exp() * noise
 
     def value_scale(self):
         """Mean and standard deviation of the returns, (P,) each: a value is mean + std * the critic's output."""
-        mean, inv_std = (torch.stack(x).float() for x in zip(*((r.mean, r.inv_std()) for r in self.value_rms)))
+        mean, inv_std = (torch.stack(x).float() for x in zip(*((rms.mean, rms.inv_std) for rms in self.value_rms)))
         return mean, 1 / inv_std
 
     @torch.no_grad()
-    def update_normalisers(self, rollout, returns, norm_obs):
-        """Fold a rollout's observations, states and returns (T, N, G) into the running statistics, where agents live.
+    def update_statistics(self, rollout, returns):
+        """Let a rollout's observations, states and returns (T, N, G) enter the running statistics, where agents live.
 
         NOTE: the critic's last layer is rescaled so that no value changes (PopArt, van Hasselt et al. 2016, eq. 9).
         Without that a growing standard deviation would stretch all values, the next targets bootstrap from these, and
         on simple_spread both grow without limit within 100 000 steps."""
-        alive, (old_mean, old_std) = rollout["alive"], self.value_scale()
+        alive, (old_mean, old_std) = rollout["alive"] > 0, self.value_scale()
         for p in range(self.P):
-            g = slice(None) if self.P < self.G else slice(p, p + 1)
-            rows = alive[:, :, g] > 0
+            of_p = slice(None) if self.P == 1 else slice(p, p + 1)
+            rows = alive[:, :, of_p]
             if rows.any():
-                self.value_rms[p].update(returns[:, :, g][rows])
-                if norm_obs:
-                    self.obs_rms[p].update(rollout["obs"][:-1, :, g][rows])
+                self.value_rms[p].update(returns[:, :, of_p][rows])
+                if self.obs_rms:
+                    self.obs_rms[p].update(rollout["obs"][:, :, of_p][rows])
+        if self.state_rms and "state" in rollout:
+            self.state_rms[0].update(rollout["state"].flatten(0, 1))
         mean, std = (x.view(-1, 1, 1) for x in self.value_scale())
-        weight, bias, old_std = self.critic.weights[-1], self.critic.biases[-1], old_std.view(-1, 1, 1)
-        weight *= old_std / std
-        bias.copy_((old_std * bias + old_mean.view(-1, 1, 1) - mean) / std)
-        if norm_obs and self.centralised:
-            self.state_rms.update(rollout["state"][:-1].flatten(0, 1))
+        old_mean, old_std = old_mean.view(-1, 1, 1), old_std.view(-1, 1, 1)
+        weight, bias = self.critic.weights[-1], self.critic.biases[-1]
+        weight.mul_(old_std / std)
+        bias.copy_((old_std * bias + old_mean - mean) / std)
+
+    def forward(self, function, *args):
+        """function(team, *args). Through it torch.func.functional_call evaluates a function at other parameters."""
+        return function(self, *args)
 
 
-# ==== The mathematics: pure functions of tensors ======================================================================
+# ==== Collecting ======================================================================================================
+#
+# Algorithm 1, lines 2 and 3: the old policies act for T steps in N environments. A rollout is a dict of tensors
+# (T, N, ...): each key of a view, the same with next_ for what followed, action, reward, terminated, done (T, N, G) and
+# over. Only actors are evaluated here. Values and log-probabilities follow in one large batch (make_team_batch), since
+# no parameter moves during a rollout.
+
+
+def empty_rollout(team, world, T, N):
+    """A rollout of zeros, with as much of the view as the team needs: the state only where its critic sees it."""
+    G, A = team.G, team.action_dim
+    shapes = {"obs": (G, world.obs_dim), "state": (world.state_dim,), "legal": (G, A), "alive": (G,)}
+    if team.critic_sees == "obs":
+        del shapes["state"]
+    rollout = {}
+    for key, shape in shapes.items():
+        for prefix in ("", "next_"):
+            rollout[prefix + key] = torch.zeros(T, N, *shape, dtype=torch.bool if key == "legal" else torch.float)
+    rollout["action"] = torch.zeros(T, N, G, dtype=torch.long) if team.discrete else torch.zeros(T, N, G, A)
+    return (
+        rollout | {key: torch.zeros(T, N, G) for key in ("reward", "terminated", "done")} | {"over": torch.zeros(T, N)}
+    )
+
+
+class BuiltInEnvironments:
+    """A built-in world, N copies at once, and where its episodes stand between two rollouts."""
+
+    envs = ()  # nothing to close
+
+    def __init__(self, args, world, old_team, noise, world_noise, rollout):
+        self.world, self.old_team, self.rollout, self.at = world, old_team, rollout, ("all", 0)
+        self.noise, self.world_noise = noise, world_noise  # of the policies, of the world: random numbers for T steps
+        self.all_steps = recorded(args, self.steps)
+
+    def run(self, seeds=None):
+        """T steps of old_team in all environments, written into the rollout. With seeds (N,): begin new episodes."""
+        self.world_noise.copy_(self.world.noise(len(self.noise)))
+        if seeds is not None:
+            self.world.reset(torch.Generator().manual_seed(int(seeds[0])))
+        self.all_steps()
+
+    @torch.no_grad()
+    def steps(self):
+        rollout, view = self.rollout, self.world.view()
+        for t, (noise, world_noise) in enumerate(zip(self.noise, self.world_noise)):
+            action = self.old_team.act(view["obs"], view["legal"], noise)
+            next_view, successor, reward, terminated, over = self.world.step(t, action, world_noise)
+            for key in VIEW:
+                if key in rollout:
+                    rollout[key][t] = view[key]
+                    rollout[f"next_{key}"][t] = successor[key]
+            now = {"action": action, "reward": reward, "terminated": terminated, "over": over}
+            for key, x in (now | {"done": torch.maximum(terminated, over[:, None])}).items():
+                rollout[key][t] = x
+            view = next_view
+
+
+class ParallelEnvironments:
+    """Those of N PettingZoo environments that one process runs, and where they stand between two rollouts."""
+
+    def __init__(self, args, part, old_team, noise, rollout):
+        self.part = part  # their slice of range(N), n of them
+        self.old_team, self.noise, self.rollout = old_team, noise, rollout  # in memory that all processes share
+        self.envs = [ParallelEnv(args) for _ in range(part.start, part.stop)]
+        self.view = {key: rollout[key][0, part].numpy().copy() for key in VIEW if key in rollout}  # (n, ...)
+
+    def begin_episode(self, i, t, **seed):
+        self.at = self.part.start + i, t  # to be named if the environment fails
+        view, _ = self.envs[i].reset(**seed)
+        for key, x in self.view.items():
+            x[i] = view[key]
+
+    @torch.inference_mode()
+    def run(self, seeds=None):
+        """T steps of old_team in each environment, written into their columns of the rollout. With seeds (N,), all
+        begin new episodes first."""
+        columns = {key: x.numpy()[:, self.part] for key, x in self.rollout.items()}  # views, (T, n, ...)
+        # NOTE: every process evaluates the policies on N rows, zero where the environment is not its own. Matrices of
+        # another size may be rounded differently, and the number of processes must not change a run.
+        obs, legal = (torch.zeros_like(self.rollout[key][0]) for key in ("obs", "legal"))
+        for i in range(len(self.envs) if seeds is not None else 0):
+            self.begin_episode(i, 0, seed=int(seeds[self.part][i]))
+        for t, noise in enumerate(self.noise):
+            now = {key: x[t] for key, x in columns.items()}
+            for key, x in self.view.items():
+                now[key][:] = x
+            obs.numpy()[self.part], legal.numpy()[self.part] = self.view["obs"], self.view["legal"]
+            now["action"][:] = self.old_team.act(obs, legal, noise).numpy()[self.part]
+            for i, env in enumerate(self.envs):
+                self.at = self.part.start + i, t
+                successor, now["reward"][i], now["terminated"][i], now["over"][i], _ = env.step(now["action"][i])
+                for key, x in self.view.items():
+                    x[i] = now[f"next_{key}"][i] = successor[key]
+            # An agent is done when it terminates, when the episode is over, and when it leaves alone.
+            leaves = now["alive"] > now["next_alive"]
+            now["done"][:] = leaves | (now["terminated"] > 0) | (now["over"][:, None] > 0)
+            for i in np.flatnonzero(now["over"]):
+                self.begin_episode(i, t)
+
+
+# ==== Advantages, loss, update ========================================================================================
+#
+# From here on it is PPO, once for each learner: the same advantages, the same clip, the same Adam as in ppo_clip.py. A
+# sample counts only where its agent was alive, and each learner averages, normalises and clips over its own samples.
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimates, GAE (1506.02438) eq. (16), for episodes that end in two different ways.
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
-    All arguments (T, N). `next_value` is V of the true successor state, also where the episode was cut there by a time
-    limit; `done` = terminated or truncated. Returns A (T, N).
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. It is an estimate of the
+    advantage with little noise, but it believes V, which is wrong at first. The discounted sum of all deltas until the
+    episode ends believes only what happened, and is as noisy as whole episodes are. lambda trades one for the other:
 
-    A_t = delta_t + c_t A_{t+1} with c_t = gamma lambda (1-done_t) is summed by doubling: before the pass with a given
-    stride, advantage[t] holds the first `stride` terms of the sum from t, and decay[t] = c_t ... c_{t+stride-1}.
-    log2(T) vector operations instead of T small ones.
+        A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
+
+    Episodes end in two ways. Terminated: nothing follows, and V(s_{t+1}) counts as 0. Truncated, by a time limit say:
+    the world goes on unseen, and V(s_{t+1}) stands for it. Either way A_{t+1} is another episode's and is dropped.
     """
-    advantage = reward + gamma * next_value * (1 - terminated) - value  # delta_t
+    delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    stride = 1
-    while stride < len(advantage):
-        advantage[:-stride] += decay[:-stride] * advantage[stride:]
-        decay[:-stride] = decay[:-stride] * decay[stride:]
-        stride *= 2
+    advantage, following = torch.empty_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        following = advantage[t] = delta[t] + decay[t] * following
     return advantage
 
 
-def clipped_surrogate(ratio, advantage, clip_coef):
-    """min(r A, clip(r, 1-eps, 1+eps) A) per sample: PPO eq. (7), notes §2.1. eps = inf leaves r A. (M,), (M,) -> (M,)
+@torch.no_grad()
+def make_team_batch(team, rollout, args):
+    """All that the update needs of the rollout, the old policies and the old values: tensors (B, ...). Returns it, and
+    the lambda-returns (T, N, G) in units of the reward."""
+    device = team.identity.device
+    rollout = {key: x.to(device) for key, x in rollout.items()}
+    action, done = rollout["action"], rollout["done"]  # (T, N, G) or (T, N, G, A), (T, N, G)
+    obs, next_obs = (team.scaled_obs(rollout[key]) for key in ("obs", "next_obs"))  # (T, N, G, D)
+    state, next_state, next_action = None, None, action
+    if team.critic_sees != "obs":
+        state, next_state = (team.scaled_state(rollout[key]) for key in ("state", "next_state"))  # (T, N, S)
+    if team.critic_sees == "state-actions":
+        # What the agents did next is known but for the last step. There they are asked what they would have done.
+        next_action = team.act(rollout["next_obs"], rollout["next_legal"], team.noise(*done.shape[:2]).to(device))
+        ended = rollout["over"][:-1].view(-1, done.shape[1], *[1] * (action.dim() - 2)) > 0
+        next_action[:-1] = torch.where(ended, next_action[:-1], action[1:])
+    mean, std = team.value_scale()
+    value, next_value = team.value(obs, state, action), team.value(next_obs, next_state, next_action)  # (T, N, G)
+    reward = rollout["reward"]
+    if args.team_reward != "none":
+        reward = (reward.sum(-1, True) if args.team_reward == "sum" else reward.mean(-1, True)).expand_as(reward)
+    old, following = mean + std * value, mean + std * next_value
+    advantage = gae(reward, old, following, rollout["terminated"], done, args.gamma, args.gae_lambda)
+    parameters = team.policy_parameters(obs, rollout["legal"])
+    batch = {"obs": obs, "legal": rollout["legal"], "alive": rollout["alive"], "action": action}
+    batch |= {"old_policy": parameters, "logprob": team.distribution(parameters).log_prob(action)}
+    batch |= {"advantage": advantage, "value": value, "return": (advantage + old - mean) / std}
+    batch |= {"state": state} if state is not None else {}
+    return {key: x.flatten(0, 1) for key, x in batch.items()}, advantage + old
 
-    Its gradient is 0 where A > 0 and r > 1+eps, and where A < 0 and r < 1-eps; elsewhere it is that of r A. (The notes
-    show A = -2, r = 0.6 to motivate the min, but there the clipped term is the smaller one already; the min matters
-    for A < 0 and r > 1+eps, and for A > 0 and r < 1-eps, where it lets a policy that has gone too far come back.)
-    """
+
+def clipped_surrogate(ratio, advantage, clip_coef):
+    """min(r A, clip(r, 1-eps, 1+eps) A) per sample: PPO eq. (7). (M,), (M,) -> (M,)"""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
 
 
-COEFFICIENTS = ("learning_rate", "clip_coef", "ent_coef", "vf_coef", "max_grad_norm")
-METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
-
-
-def multiagent_loss(agent, batch, coef, norm_adv):
-    """The loss to minimise on one minibatch: PPO's, per learner, each over the samples that it learns from.
-
-    batch: obs (M, G, D) · state (M, S) · legal (M, G, A) · action (M, G) or (M, G, A) · logprob, advantage, return,
-    alive (M, G) at the old parameters; return in units of the critic's output; alive is 0 where an agent was not there.
-    coef: scalars. Returns loss (), summed over learners, and metrics (5,), their means.
-    """
-    P = agent.P
-    weight = batch["alive"].reshape(-1, P)  # (rows, P): shared parameters learn from all agents' rows alike
+def team_loss(team, batch, coef, norm_adv):
+    """-L(theta) on one minibatch, summed over learners, and a dict of scalars to log, their means. batch: as made by
+    make_team_batch, (M, ...). coef: the float flags by name, as tensors."""
+    weight = batch["alive"].reshape(-1, team.P)  # (rows, P): P = 1 learns from the samples of all agents alike
     weight = weight / weight.sum(0).clamp(min=1)
 
     def mean(x):  # (M, G) -> (P,)
-        return (weight * x.reshape(-1, P)).sum(0)
+        return (weight * x.reshape(-1, team.P)).sum(0)
 
     advantage = batch["advantage"]
     if norm_adv:
         centred = advantage - mean(advantage)
         advantage = centred / (mean(centred.square()).sqrt() + 1e-8)
 
-    policy, value = agent.policy(batch["obs"], batch["legal"]), agent.value(batch["obs"], batch.get("state"))
-    log_ratio = (agent.dist.log_prob(policy, batch["action"]) - batch["logprob"]) * batch["alive"]
+    policy = team.policy(batch["obs"], batch["legal"])
+    log_ratio = (policy.log_prob(batch["action"]) - batch["logprob"]) * batch["alive"]
     ratio = log_ratio.exp()
     policy_loss = -mean(clipped_surrogate(ratio, advantage, coef["clip_coef"]))
+    value = team.value(batch["obs"], batch.get("state"), batch["action"])
     value_loss = mean((value - batch["return"]).square())
-    entropy = mean(agent.dist.entropy(policy))
+    entropy = mean(policy.entropy())
     loss = (policy_loss + coef["vf_coef"] * value_loss - coef["ent_coef"] * entropy).sum()
-    with torch.no_grad():
-        approx_kl = mean(ratio - 1 - log_ratio)  # an estimate of KL(old||new) that is never negative
-        clipfrac = mean(((ratio - 1).abs() > coef["clip_coef"]).float())
-        return loss, torch.stack([policy_loss, value_loss, entropy, approx_kl, clipfrac]).mean(-1)
+
+    logged = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    logged["approx_kl"] = mean(ratio - 1 - log_ratio)  # an estimate of KL(old||new) that is never negative
+    logged["clipfrac"] = mean(((ratio - 1).abs() > coef["clip_coef"]).float())
+    return loss, {key: x.mean() for key, x in logged.items()}
 
 
-def minibatch_update(loss_function, module, adam, data, index, coef, metrics, *options):
-    """One gradient step on data[index] (M,): loss, gradient, norm clipping, Adam. Adds what to log to `metrics`.
+def update_team(team, state, batch, coef, norm_adv):
+    """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on a minibatch. state: all parameters as one
+    vector, Adam's moments m and v, its step count t, and the sums of what is logged. Returns the next state.
 
-    In place, with static shapes, no random numbers and no host sync: the same function runs eager, compiled, or
-    captured in a CUDA graph. adam["params"] is the vector that the module's parameters are views of.
+    NOTE: each learner's gradient is clipped by its own norm. With one norm over all, an agent with large gradients
+    would shorten the steps of agents that it has nothing to do with.
     """
-    batch = {key: x[index] for key, x in data.items()}
-    loss, logged = loss_function(module, batch, coef, *options)
-    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
-    with torch.no_grad():
-        norm = grad.norm()
-        adam_step(adam, grad * (coef["max_grad_norm"] / (norm + 1e-6)).clamp(max=1), coef["learning_rate"])
-        metrics += torch.cat([logged, norm.unsqueeze(0)])
+
+    def loss(vector):
+        return functional_call(team, named_parts(team, vector), (team_loss, batch, coef, norm_adv))
+
+    grad, logged = gradient(loss, state["parameters"])
+    parts = [x.flatten(1) for x in named_parts(team, grad).values()]  # (P, ...) each
+    norm = sum(x.square().sum(1) for x in parts).sqrt()  # (P,)
+    factor = (coef["max_grad_norm"] / (norm + 1e-6)).clamp(max=1)[:, None]
+    grad = torch.cat([(x * factor).flatten() for x in parts])
+    t, m, v = state["t"] + 1, state["m"].lerp(grad, 0.1), state["v"].lerp(grad.square(), 0.001)
+    step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
+    sums = state["sums"] + torch.stack([*logged.values(), norm.mean()])
+    return {"parameters": state["parameters"] - coef["learning_rate"] * step, "m": m, "v": v, "t": t, "sums": sums}
 
 
-def adam_step(adam, grad, learning_rate, beta1=0.9, beta2=0.999, eps=1e-5):
-    """Adam (1412.6980, Algorithm 1) on one vector, in place; eps is the released code's. The same numbers as
-    torch.optim.Adam, without its loop over parameters, which here costs more than the networks themselves."""
-    adam["step"] += 1
-    adam["m"].lerp_(grad, 1 - beta1)
-    adam["v"].lerp_(grad.square(), 1 - beta2)
-    m_hat = adam["m"] / (1 - beta1 ** adam["step"])
-    v_hat = adam["v"] / (1 - beta2 ** adam["step"])
-    adam["params"] -= learning_rate * m_hat / (v_hat.sqrt() + eps)
+def epoch_of_updates(update, loop, agent, state, data, order, coef, norm_adv):
+    """One pass over the batch, in minibatches data[index] for each row of order (B/M, M). Overwrites state. loop(step,
+    rows, state) calls state = step(state, row) for each row, as functools.reduce does."""
 
+    def minibatch_update(state, index):
+        return update(agent, state, {key: x[index] for key, x in data.items()}, coef, norm_adv)
 
-def flatten_parameters(params):
-    """Move parameters into one vector (returned) and make each of them a view of its part."""
-    params = list(params)
-    flat = torch.cat([p.detach().flatten() for p in params])
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.data = part.view_as(p)
-    return flat
+    for key, x in loop(minibatch_update, order, state).items():
+        state[key].copy_(x)
 
 
 @torch.no_grad()
-def team_kl(agent, data):
-    """Exact KL(old||new) averaged over the batch's living agents, as a scalar tensor."""
-    kl = agent.dist.kl(data["policy"], agent.policy(data["obs"], data["legal"]))  # (B, G)
+def team_kl(team, data):
+    """The exact KL(old||new) in nats, averaged over the batch's living agents, as a scalar tensor."""
+    kl = kl_divergence(team.distribution(data["old_policy"]), team.policy(data["obs"], data["legal"]))  # (B, G)
     return (kl * data["alive"]).sum() / data["alive"].sum()
-
-
-def explained_variance(value, target):
-    """1 - Var[target - value] / Var[target]: 1 is a perfect critic, 0 one no better than a constant; nan if Var = 0."""
-    variance = target.var(correction=0)
-    return (1 - (target - value).var(correction=0) / variance).item() if variance > 0 else float("nan")
-
-
-def empty_batch(agent, world, B):
-    """What one iteration learns from, as zeros; see multiagent_loss."""
-    G, A, zeros = agent.G, agent.action_dim, torch.zeros
-    data = {key: zeros(B, G) for key in ("logprob", "value", "advantage", "return", "alive")}
-    data |= {"obs": zeros(B, G, world.obs_dim), "legal": torch.ones(B, G, A, dtype=torch.bool)}
-    data |= {"action": zeros(B, G, dtype=torch.long) if agent.discrete else zeros(B, G, A)}
-    data |= {"policy": zeros(B, G, agent.policy_dim)}
-    return data | ({"state": zeros(B, world.state_dim)} if agent.centralised else {})
-
-
-@torch.no_grad()
-def prepare_batch(data, agent, rollout, gamma, gae_lambda, team_reward):
-    """Write a rollout, with its log-probabilities, values and advantages at the present parameters, into `data`.
-    Returns the lambda-returns (T, N, G) in the units of the reward."""
-    value_mean, value_std = agent.value_scale()
-    obs, state = agent.normalized(rollout["obs"], rollout.get("state"))  # (T+1, N, G, D), (T+1, N, S) or None
-    value = value_mean + value_std * agent.value(obs, state)  # (T+1, N, G)
-    next_value = value[1:].clone()  # (T, N, G)
-    if len(rollout["final_index"]):  # the true successors of last steps; obs[t+1] is a new episode's first there
-        final = agent.normalized(rollout["final_obs"], rollout.get("final_state"))
-        next_value[tuple(rollout["final_index"].T)] = value_mean + value_std * agent.value(*final)
-    reward = rollout["reward"]  # (T, N, G)
-    if team_reward != "none":
-        reward = (reward.sum(-1, True) if team_reward == "sum" else reward.mean(-1, True)).expand_as(reward)
-    advantage = gae(reward, value[:-1], next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
-    returns, policy = advantage + value[:-1], agent.policy(obs[:-1], rollout["legal"])
-    batch = {"obs": obs[:-1], "legal": rollout["legal"], "alive": rollout["alive"], "action": rollout["action"]}
-    batch |= {"policy": policy, "logprob": agent.dist.log_prob(policy, rollout["action"]), "advantage": advantage}
-    batch |= {"value": (value[:-1] - value_mean) / value_std, "return": (returns - value_mean) / value_std}
-    batch |= {"state": state[:-1]} if agent.centralised else {}
-    for key in data:
-        data[key].copy_(batch[key].flatten(0, 1))
-    return returns
-
-
-# ==== Self-play =======================================================================================================
-
-
-class SelfPlay:
-    """A two-player zero-sum game as a world with one agent: the learner, in either seat. The opponent's plies happen
-    inside `step`, so whatever is collected and learned from is the learner's, and its last reward may come from the
-    opponent's ply. Both look at the board from the side of whoever is to move: one policy plays both seats.
-
-    Seat and opponent are drawn when an episode begins and stay until it ends, though a new iteration may begin
-    meanwhile: two hands of frozen opponents are kept, for episodes begun in this iteration and in the one before.
-    """
-
-    num_agents, HAND = 1, 4  # of snapshots, beside the current policy
-
-    def __init__(self, game, latest_prob):
-        self.game, self.latest_prob, self.num_envs, self.device = game, latest_prob, game.num_envs, game.device
-        self.obs_dim = self.state_dim = game.obs_dim
-        self.action_space = gym.spaces.Discrete(game.num_actions)
-        self.rng, self.policies, self.hand = torch.Generator(), {}, 0
-
-    def deal(self, latest, snapshots):
-        """Freeze the opponents of the episodes that begin from now on: the agent as it is, and some of its past."""
-        past = copy.deepcopy(latest)
-        self.hand = 1 + self.HAND - self.hand  # the first slot of the other hand
-        self.snapshots, self.results = snapshots, []
-        self.policies[self.hand] = latest.frozen_policy()
-        for slot, snapshot in enumerate(snapshots, self.hand + 1):
-            past.load_state_dict(snapshot["policy"], strict=False)
-            self.policies[slot] = past.frozen_policy()
-
-    def reset(self, seed):
-        self.rng.manual_seed(seed[0])
-        self.slot = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
-        self.begin(torch.ones_like(self.slot, dtype=torch.bool))
-        return self.game.view()
-
-    def step(self, action):  # (N, 1)
-        score, over = self.game.play(action[:, 0], torch.ones_like(self.slot, dtype=torch.bool))
-        reply, lost = self.reply(~over)
-        reward, over = score - reply, over | lost  # (N,), (N,)
-        self.results.append((self.slot[over], reward[over]))
-        self.begin(over)
-        return self.game.view(), reward[:, None], over[:, None], over, None
-
-    def begin(self, where):
-        """Start new episodes where `where` (N,): draw opponent and seat; an opponent with the first move makes it."""
-        draws = torch.rand(3, self.num_envs, generator=self.rng).to(self.device)
-        old = self.hand + 1 + (draws[0] * len(self.snapshots)).long()
-        slot = torch.where((draws[1] < self.latest_prob) | (not self.snapshots), self.hand, old)
-        self.slot = torch.where(where, slot, self.slot)
-        self.game.start(where)
-        self.reply(where & (draws[2] < 0.5))
-
-    def reply(self, waiting):
-        """Let the opponents move where `waiting` (N,). Returns their score and whether the game is over, (N,) each."""
-        view, action = self.game.view(), torch.zeros_like(self.slot)
-        noise = gumbel((self.num_envs, 1, self.action_space.n), self.rng).to(self.device)
-        for k in self.slot[waiting].unique().tolist():
-            rows = (waiting & (self.slot == k)).nonzero()[:, 0]
-            action[rows] = self.policies[k]({x: view[x][rows] for x in ("obs", "legal")}, noise[rows])[:, 0]
-        return self.game.play(action, waiting)
-
-    def close(self):
-        pass
-
-
-class Pool:
-    """Snapshots of the policy with its normaliser, spread evenly over the run so far; part of the checkpoint."""
-
-    def __init__(self, every, size, sampling):
-        self.every, self.size, self.sampling = every, size, sampling
-        self.snapshots, self.strength = [], dict.fromkeys(("random", "earliest", "middle", "latest"), math.nan)
-
-    def add(self, agent, global_step):
-        policy = {key: x.cpu().clone() for key, x in agent.state_dict().items() if not key.startswith("critic")}
-        self.snapshots.append({"global_step": global_step, "score": 0.5, "policy": policy})
-        if len(self.snapshots) > self.size:
-            del self.snapshots[1::2]  # the first stays
-            self.every *= 2
-
-    def draw(self, n, rng):
-        """n snapshots, with replacement; none from an empty pool."""
-        pool = self.snapshots[-(len(self.snapshots) // 4 + 1) :] if self.sampling == "window" else self.snapshots
-        if not pool:
-            return []
-        weights = torch.ones(len(pool))
-        if self.sampling == "pfsp":
-            weights = torch.tensor([(1 - x["score"]) ** 2 + 1e-3 for x in pool])
-        return [pool[i] for i in torch.multinomial(weights, n, replacement=True, generator=rng).tolist()]
-
-    def record(self, world):
-        """Note how the learner fared against each snapshot in the last rollout: a running mean, for pfsp."""
-        slots, rewards = (torch.cat(x) for x in zip(*world.results))
-        for slot, snapshot in enumerate(world.snapshots, world.hand + 1):
-            if (slots == slot).any():
-                score = 0.5 + 0.5 * rewards[slots == slot].mean().item()
-                snapshot["score"] += 0.2 * (score - snapshot["score"])
-
-    def measure(self, agent, game, rng):
-        """Score (won 1, drawn 1/2) against random play and the earliest, middle and latest snapshot. Not the score
-        against the training mixture: that stays where it is however strong both sides become, or weak."""
-        me, other = policy_player(agent, rng), copy.deepcopy(agent)
-        self.strength["random"] = match(game, me, random_player(rng)).mean().item()
-        for name, at in (("earliest", 0), ("middle", len(self.snapshots) // 2), ("latest", -1)):
-            if self.snapshots:
-                other.load_state_dict(self.snapshots[at]["policy"], strict=False)
-                self.strength[name] = match(game, me, policy_player(other, rng)).mean().item()
-
-
-def policy_player(agent, rng=None):
-    """A player for `match`: a sample of the agent's policy, or without rng its likeliest move."""
-    act = agent.frozen_policy()
-    return lambda view, moves: act(view, None if rng is None else agent.noise(len(view["obs"]), rng=rng))[:, 0]
-
-
-def random_player(rng):
-    return lambda view, moves: torch.multinomial(view["legal"][:, 0].float().cpu(), 1, generator=rng)[:, 0]
-
-
-def mcts_player(env_id, simulations, seed):
-    """open_spiel's Monte Carlo tree search with one random playout per simulation. Raises UserError."""
-    try:
-        import pyspiel
-    except ImportError:
-        raise UserError("--opponent mcts-N needs the package: pip install open_spiel==2.0.2") from None
-    game = pyspiel.load_game(env_id)
-    bot = pyspiel.MCTSBot(game, pyspiel.RandomRolloutEvaluator(1, seed), 2.0, simulations, 100, False, seed, False)
-
-    def player(view, moves):
-        actions = []
-        for history in zip(*(m.tolist() for m in moves)) if moves else [()] * len(view["obs"]):
-            state = game.new_initial_state()
-            for action in history:
-                state.apply_action(action)
-            actions.append(bot.step(state))
-        return torch.tensor(actions)
-
-    return player
-
-
-def match(game, first, second):
-    """Play game.num_envs games, `first` moving first in every other one. Returns its scores (N,): won 1, drawn 1/2."""
-    row = torch.arange(game.num_envs, device=game.device)
-    playing, score, moves = torch.ones_like(row, dtype=torch.bool), torch.full(row.shape, 0.5, device=game.device), []
-    game.start(playing)
-    for ply in range(game.max_plies):
-        view, action, firsts = game.view(), torch.zeros_like(row), (row + ply) % 2 == 0
-        for player, turn in ((first, firsts), (second, ~firsts)):
-            rows = (playing & turn).nonzero()[:, 0]
-            if len(rows):
-                action[rows] = player({x: view[x][rows] for x in view}, [m[rows] for m in moves]).to(row.device)
-        won, over = game.play(action, playing)
-        score += won * torch.where(firsts, 0.5, -0.5)
-        moves.append(action)
-        playing &= ~over
-        if not playing.any():
-            break
-    return score
-
-
-def elo(score, games):
-    """Elo ratings (K,) of K players from a matrix of mean scores (K, K), `games` a pair: the Bradley-Terry model,
-    P(i beats j) = p_i / (p_i + p_j), fitted by minorisation-maximisation (Hunter 2004, eq. 3). A draw is half a win;
-    one more, imagined draw a pair keeps an unbeaten player's rating finite. The first player's rating is 0."""
-    wins = (score * games + 0.5).fill_diagonal_(0).sum(1).double()
-    n, p = torch.full_like(score, games + 1).fill_diagonal_(0).double(), torch.ones(len(score)).double()
-    for _ in range(1000):
-        p = wins / (n / (p[:, None] + p)).sum(1)
-    return 400 * (p / p[0]).log10()
 
 
 # ==== Training ========================================================================================================
 
 
 def train(args: Args) -> dict:
-    """Train by MAPPO, IPPO or self-play. Returns a summary: global_step, episodic_return (mean raw return, summed over
-    agents, of the last 100 episodes; in self-play their mean reward), episodes, returns (of those that ended in this
-    call, the last 100), checkpoint (its path), signal (the one that ended the run, or None).
-
-    Raises UserError before anything is written, RunFailed if a loss, reward or observation is not finite.
-    """
-    start_time = time.time()
-    check_args(args)
-    checkpoint = load_checkpoint(args.resume, args.env_id) if args.resume else None
-    run_dir = choose_run_dir(args)
+    """Train by MAPPO, IPPO or self-play. Returns a summary: global_step, episodes, episodic_return and episodic_length
+    (means of the last 100 episodes; returns are raw, and summed over agents), returns (of the episodes of this call, at
+    most 100), checkpoint (its path), signal (the one that ended the run, or None). Raises UserError before anything is
+    written, RunFailed where a run cannot go on."""
+    run = Run(args)
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(1)  # with networks this small a second thread costs more than it brings
-    team = Team(make_world(args, args.num_envs, device))
-    rng = torch.Generator().manual_seed(args.seed)
-    agent = Agent(team.world, args.algorithm == "mappo", args.share_params, args.hidden_size, rng).to(device)
-    pool = Pool(args.snapshot_every, args.pool_size, args.opponent_sampling) if args.algorithm == "selfplay" else None
+    torch.manual_seed(args.seed)
+    world = make_world(args, args.num_envs, device)  # an id that does not exist ends here
+    team = Team(world, args)
+    actors = TeamActors(args, world, team)
+    pool = Pool(args) if args.algorithm == "selfplay" else None
+    team.to(device)
 
-    # Everything that the update reads has a fixed place in memory and is only ever overwritten there. Hyperparameters
-    # are tensors too: no schedule and no population's mutation makes the compiler start again.
-    T, N = args.num_steps, args.num_envs
-    B, M = T * N, T * N // args.num_minibatches
-    flat = flatten_parameters(agent.parameters())
-    adam = {"params": flat, "m": torch.zeros_like(flat), "v": torch.zeros_like(flat), "step": flat.new_zeros(())}
-    data = {key: x.to(device) for key, x in empty_batch(agent, team.world, B).items()}
-    inputs = {key: x for key, x in data.items() if key not in ("policy", "value")}  # of the update
-    coef = {key: torch.zeros((), device=device) for key in COEFFICIENTS}
-    metrics = torch.zeros(len(METRICS), device=device)
-    step = minibatch_update
+    # What the update reads stays in one place and is overwritten there, as a CUDA graph demands. Hyperparameters are
+    # tensors, too: neither a schedule nor a mutation by the PBT launcher makes the compiler start again.
+    B = args.num_steps * args.num_envs
+    coef = {f.name: torch.tensor(getattr(args, f.name), device=device) for f in fields(Args) if f.type is float}
+    data, _ = make_team_batch(team, actors.rollout, args)  # of an empty rollout: this sets the shapes
+    data = {key: x.clone() for key, x in data.items()}
+    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
+    names = [*team_loss(team, data, coef, args.norm_adv)[1], "grad_norm"]
+    state = initial_state(team, len(names))
+    run_epoch = accelerated(args, epoch_of_updates, update_team, team, state, data, order, coef, args.norm_adv)
+    global_step = run.restore(team, state, actors)
+    if pool:
+        pool.restore(run)
+    if global_step >= run.last_step:
+        say(f"nothing to do: {args.resume} is at step {global_step} already")
+        return run.summary(global_step, signals=[])
 
-    order = torch.zeros(args.num_minibatches, M, dtype=torch.long, device=device)  # an epoch's minibatches
-
-    def epoch_of_updates():
-        for index in order.unbind():  # (M,)
-            step(multiagent_loss, agent, adam, inputs, index, coef, metrics, args.norm_adv)
-
-    run_epoch = graphed(epoch_of_updates, device)
-
-    if args.compile:
-        step = compiled(minibatch_update, device)
-        try:
-            epoch_of_updates()  # compiles; on zeros, with learning rate 0
-        except Exception as error:  # no C++ compiler, say: the eager function is the same one
-            print(f"{SCRIPT}.py: torch.compile failed, going on without it: {first_line(error)}", file=sys.stderr)
-            step = minibatch_update
-        for key in ("m", "v", "step"):
-            adam[key].zero_()
-
-    global_step, iteration, wall_time = 0, 0, 0.0
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for key in ("m", "v", "step"):
-            adam[key].copy_(checkpoint["adam"][key])
-        if args.seed == checkpoint["args"]["seed"]:  # else another seed's stream of random numbers begins here
-            rng.set_state(checkpoint["rng"])
-        team.load_state_dict(checkpoint["actors"])
-        global_step, iteration, wall_time = (checkpoint[key] for key in ("global_step", "iteration", "wall_time"))
-        if pool:
-            every, pool.snapshots, pool.strength = checkpoint["pool"]
-            if args.snapshot_every == checkpoint["args"]["snapshot_every"]:  # else the flag beats the doubled interval
-                pool.every = every
-    episodes_before = team.episodes
-
-    def save():
-        state = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step, "wall_time": wall_time}
-        state |= {"agent": agent.state_dict(), "adam": {key: adam[key] for key in ("m", "v", "step")}}
-        state |= {"iteration": iteration, "rng": rng.get_state(), "actors": team.state_dict()}
-        state |= {"pool": (pool.every, pool.snapshots, pool.strength) if pool else None}
-        save_checkpoint(state, run_dir / "checkpoint.pt")
-
-    log = RunLog(args, run_dir, global_step, save)
-    if args.cuda:
-        announce_cuda(sum(p.numel() for p in agent.parameters()), M)
-    last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
-    wall_start = start_time - wall_time
-    wall_time = time.time() - wall_start
-    cut = True  # a clean cut: the episodes in flight are truncated, all environments start afresh
-    with contextlib.closing(team.world), log, unguarded(step is not minibatch_update), stop_signals() as signals:
-        while global_step < last_step:
+    cut = True  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    with actors, run, stop_signals() as signals:
+        while global_step < run.last_step and not signals:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
-            learning_rate = args.learning_rate * (remaining if args.lr_schedule == "linear" else 1)
-            values = (learning_rate, args.clip_coef, args.ent_coef, args.vf_coef, args.max_grad_norm)
-            for key, x in zip(COEFFICIENTS, values, strict=True):
-                coef[key].fill_(x)
+            coef["learning_rate"].fill_(args.learning_rate * (remaining if args.lr_schedule == "linear" else 1))
 
-            # ---- opponents: the present policy and some of its past, frozen ------------------------------------------
+            # ---- self-play: who sits on the other side ---------------------------------------------------------------
             if pool:
-                if iteration % pool.every == 0:
-                    pool.measure(agent, make_game(args.env_id, 100, device), torch.Generator().manual_seed(global_step))
-                    pool.add(agent, global_step)
-                team.world.deal(agent, pool.draw(SelfPlay.HAND, rng))
+                if global_step // B % pool.every == 0:
+                    pool.add(team, world.game, global_step)
+                world.deal(pool.draw(world.HAND))
 
-            # ---- collect: run the policies for T steps in N environments ---------------------------------------------
-            if cut:
-                team.reset(seed=(args.seed, global_step))
-            rollout = team.collect(agent, T, rng)
-            if not all(rollout[key].isfinite().all() for key in ("obs", "reward")):
-                raise RunFailed(f"an observation or reward is not finite, within {B} steps of step {global_step}")
-            if pool:
-                pool.record(team.world)
+            # ---- collect: run the old policies for T steps in N environments -----------------------------------------
+            rollout = actors.collect(team, seed=(args.seed, global_step) if cut else None)
 
-            # ---- advantages ------------------------------------------------------------------------------------------
-            # NOTE: acting and updating must see the same normalisers, or the ratio would not start at 1: so a rollout
-            # is folded into them only after it was learned from. The first is the exception: an untrained policy, its
-            # last layer small, acts the same on raw and on scaled observations; its log-probabilities are taken after.
-            returns = prepare_batch(data, agent, rollout, args.gamma, args.gae_lambda, args.team_reward)
-            first_rollout = global_step == 0
-            if first_rollout:
-                agent.update_normalisers(rollout, returns, args.norm_obs)
-                returns = prepare_batch(data, agent, rollout, args.gamma, args.gae_lambda, args.team_reward)
+            # ---- estimate advantages ---------------------------------------------------------------------------------
+            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So a rollout
+            # enters the statistics only after it was learned from. The first one is the exception: a new policy, its
+            # last layer so small, acts the same on scaled and on raw observations, and the critic begins well scaled.
+            batch, returns = make_team_batch(team, rollout, args)
+            first = global_step == 0
+            if first:
+                team.update_statistics(rollout, returns)
+                batch, returns = make_team_batch(team, rollout, args)
+            for key, x in batch.items():
+                data[key].copy_(x)
 
-            # ---- update: K epochs of minibatches on L(theta) ---------------------------------------------------------
-            metrics.zero_()
+            # ---- update: K epochs of minibatches ---------------------------------------------------------------------
+            state["sums"].zero_()
             for _ in range(args.update_epochs):
-                order.copy_(torch.randperm(B, generator=rng).view(-1, M))
+                order.copy_(torch.randperm(B).view_as(order))
                 run_epoch()
-            kl = team_kl(agent, data).item()
-            if not first_rollout:
-                agent.update_normalisers(rollout, returns, args.norm_obs)
+            kl = team_kl(team, data).item()
+            if not first:
+                team.update_statistics(rollout, returns)
             global_step += B
-            iteration += 1
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------
-            updates = args.update_epochs * args.num_minibatches
-            means = dict(zip(METRICS, (metrics / updates).tolist(), strict=True))
-            for key, x in (means | {"kl": kl}).items():
-                if not math.isfinite(x):
-                    raise RunFailed(f"{key} is {x} at step {global_step}")
-            iteration_time, wall_time = time.time() - wall_start - wall_time, time.time() - wall_start
-            alive = data["alive"] > 0
-            log.row(
-                global_step=global_step, wall_time=wall_time, sps=B / iteration_time, **team.statistics(), **means,
-                kl=kl, explained_variance=explained_variance(data["value"][alive], data["return"][alive]),
-                learning_rate=learning_rate, **team.statistics_by_agent(),
-                **({f"selfplay/score_{key}": x for key, x in pool.strength.items()} if pool else {}),
-            )  # fmt: skip
+            losses = dict(zip(names, (state["sums"] / (args.update_epochs * args.num_minibatches)).tolist()))
+            value, target = (data[key][data["alive"] > 0] for key in ("value", "return"))
+            losses |= {"kl": kl, "explained_variance": 1 - ((target - value).var() / target.var()).item()}
+            charts = {**actors.statistics(), "learning_rate": coef["learning_rate"].item()}
+            run.log(global_step, B, charts | actors.by_agent() | (pool.strength if pool else {}), losses)
             passed = global_step // args.checkpoint_every > (global_step - B) // args.checkpoint_every
-            cut = passed or global_step >= last_step or bool(signals)
+            cut = passed or global_step >= run.last_step or bool(signals)
             if cut:
-                save()
-            if signals:
-                break
-    return {
-        "global_step": global_step,
-        "episodic_return": team.statistics()["episodic_return"],
-        "episodes": team.episodes,
-        "returns": list(team.returns)[max(0, len(team.returns) - (team.episodes - episodes_before)) :],
-        "checkpoint": str(run_dir / "checkpoint.pt"),
-        "signal": signals[0] if signals else None,
-    }
+                run.save(global_step, **(pool.adapted() if pool else {}))
+    return run.summary(global_step, signals)
 
 
-# ==== Worlds: what the agents live in, batched ========================================================================
+# ==== Self-play =======================================================================================================
 #
-# A world has num_envs, num_agents, obs_dim, state_dim, action_space (of one agent, the widest), and
-#   reset(seed) -> view: obs (N, G, D), state (N, S), legal (N, G, A) and alive (N, G) bool
-#   step(action) -> view, reward (N, G), terminated (N, G), over (N,), final
-# The view after an episode's end is already the next one's; what was seen last, for bootstrapping, is in `final`: obs
-# and state of the rows where `over`, or None if nothing needs it.
+# Against a fixed opponent a policy learns to exploit it. Against itself it always meets an equal, and both get better.
+# But a policy that only knows its present self may run in circles: what beats today's policy may lose to last week's.
+# So some of the boards are played against snapshots of the past.
+#
+# The learner sees a world with one agent: a step is its move and the reply. Which board has which opponent is fixed,
+# so that many networks play as one product of stacked matrices: the first boards belong to the present policy, the
+# others in turn to the snapshots of a hand that is dealt anew in every iteration.
+
+
+class SelfPlay:
+    """A two-player zero-sum game as a world with one agent. Both sides see the board as the one who is to move. The
+    reward is 1 for a win, -1 for a loss, and may come from the opponent's ply. Whoever lost begins the next game; after
+    a draw the same side begins again. So no ply is ever passed, and the side that is behind gets the easier seat."""
+
+    num_agents, HAND = 1, 4  # snapshots that are met in one iteration
+
+    def __init__(self, game, args):
+        self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
+        self.action_space = gym.spaces.Discrete(game.num_actions)
+        N, device = game.num_envs, game.device
+        self.opening_plies = args.opening_plies
+        self.past = int(N * (1 - args.latest_prob)) // self.HAND * self.HAND  # boards of snapshots: the last ones
+        # A hand is HAND actors, stacked. A game keeps its opponent until it ends, and a new iteration may begin
+        # meanwhile: then the former hand goes on with it. `begun`: games that began with the present hand.
+        self.hand, self.former = (
+            StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0).to(device) for _ in range(2)
+        )
+        self.begun = torch.ones(self.past, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def deal(self, actors):
+        """A new hand: HAND actors' parameters, as Pool.draw returns them."""
+        self.former.load_state_dict(self.hand.state_dict())
+        for k, actor in enumerate(actors):
+            for name, parameter in self.hand.named_parameters():
+                parameter[k].copy_(actor[name][0])
+        self.begun.zero_()
+        if self.opening_plies:
+            self.new_openings()
+
+    def new_openings(self):
+        """Let half of the boards begin their games after some random plies from now on: positions that good play never
+        comes to are where a policy would know nothing. Openings that would end the game stop before."""
+        game, N, K = self.game, self.game.num_envs, self.opening_plies
+        plies = (torch.randint(1, K + 1, (N,)) * (torch.rand(N) < 0.5)).to(game.device)
+        opening, noise = type(game)(N, game.device), gumbel(K, N, game.num_actions).to(game.device)
+        for ply in range(K):
+            before, (_, legal) = opening.boards.clone(), opening.view()
+            _, over = opening.play(noise[ply].masked_fill(~legal, -1e8).argmax(-1))
+            stays = over | (plies <= ply)
+            opening.boards.copy_(torch.where(stays[:, None], before, opening.boards))
+        game.opening.copy_(opening.boards)
+
+    def reset(self, generator):
+        self.game.restart(torch.ones(self.game.num_envs, dtype=torch.bool, device=self.game.device))
+        self.begun.fill_(True)
+
+    def noise(self, T):
+        return gumbel(T, self.game.num_envs, self.action_space.n)  # for the opponents' moves
+
+    def view(self):
+        obs, legal = self.game.view()
+        return {"obs": obs[:, None], "state": obs, "legal": legal[:, None], "alive": torch.ones_like(obs[:, :1])}
+
+    def step(self, t, action, noise):
+        won, over = self.game.play(action[:, 0])  # (N,) each
+        self.restart(over)  # the opponent has lost, and begins; elsewhere it replies
+        lost, ended = self.game.play(self.opponents_move(t, noise))
+        self.restart(ended)
+        view, over = self.view(), (over | ended).float()
+        return view, view, (won - lost)[:, None], over[:, None], over
+
+    def restart(self, where):
+        self.game.restart(where)
+        if self.past:
+            self.begun.logical_or_(where[-self.past :])
+
+    def opponents_move(self, t, noise):
+        (obs, legal), n = self.game.view(), self.game.num_envs - self.past
+        move = self.team.act(obs[:n, None], legal[:n, None], noise[:n, None])[:, 0]
+        if not self.past:
+            return move
+        x = obs[n:].view(-1, self.HAND, self.obs_dim)  # the hand's boards in turn: n is that of snapshot n % HAND
+        logits = self.hand(x)
+        if t < (self.game.max_plies + 1) // 2:  # no game is longer, so later all have begun in this iteration
+            logits = torch.where(self.begun.view(-1, self.HAND, 1), logits, self.former(x))
+        logits = logits.flatten(0, 1).masked_fill(~legal[n:], -1e8)
+        return torch.cat([move, (logits + noise[n:]).argmax(-1)])
+
+
+class Pool:
+    """Snapshots of the actor, spread evenly over the run so far; a part of the checkpoint."""
+
+    def __init__(self, args):
+        self.every, self.size, self.snapshots = args.snapshot_every, args.pool_size, []
+        self.strength = {"selfplay/score_random": math.nan, "selfplay/score_middle": math.nan}
+
+    def adapted(self):
+        return {"snapshot_every": self.every, "snapshots": self.snapshots, "strength": self.strength}
+
+    def restore(self, run):
+        stored, self.every = run.checkpoint.get("adapted", {}), run.adapted("snapshot_every", "snapshot_every")
+        self.snapshots, self.strength = stored.get("snapshots", []), stored.get("strength", self.strength)
+
+    def add(self, team, game, global_step):
+        """Measure the team, then add it. From a full pool every second snapshot goes, so that the rest is even."""
+        self.measure(team, game, torch.Generator().manual_seed(global_step))
+        actor = {key: x.cpu().clone() for key, x in team.actor.state_dict().items()}
+        self.snapshots.append({"global_step": global_step, "actor": actor})
+        if len(self.snapshots) > self.size:
+            del self.snapshots[1::2]  # the first stays
+            self.every *= 2
+
+    def draw(self, n):
+        """The actors of n snapshots, each as likely as any other, with replacement."""
+        return [self.snapshots[i]["actor"] for i in torch.randint(len(self.snapshots), (n,)).tolist()]
+
+    def measure(self, team, game, generator):
+        """Score against random play and the snapshot in the middle of the run. Not against the training mixture: that
+        score stays where it is however strong both sides become, or weak."""
+        game, me, past = type(game)(100, game.device), player(team, generator), copy.deepcopy(team)
+        self.strength = {"selfplay/score_random": match(game, me, random_player(generator)).mean().item()}
+        if self.snapshots:
+            past.actor.load_state_dict(self.snapshots[len(self.snapshots) // 2]["actor"])
+        self.strength["selfplay/score_middle"] = match(game, me, player(past, generator)).mean().item()
+
+
+def player(team, generator=None):
+    """A player for `match`: samples of the team's policy, or without generator its likeliest moves."""
+
+    def move(obs, legal):
+        noise = gumbel(len(obs), 1, team.action_dim, generator=generator).to(obs.device) if generator else 0.0
+        return team.act(obs[:, None], legal[:, None], noise)[:, 0]
+
+    return move
+
+
+def random_player(generator):
+    return lambda obs, legal: torch.multinomial(legal.float().cpu(), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def match(game, first, second):
+    """Play one game on each board; `first` begins on every other one. Players are functions of obs (n, D) and legal
+    (n, A). Returns first's scores (N,): won 1, drawn 1/2, lost 0."""
+    N = game.num_envs
+    playing, score = torch.ones(N, dtype=torch.bool, device=game.device), torch.full((N,), 0.5)
+    game.restart(playing)
+    for ply in range(game.max_plies):
+        (obs, legal), move = game.view(), torch.zeros(N, dtype=torch.long, device=game.device)
+        for i, mover in enumerate((first, second) if ply % 2 == 0 else (second, first)):
+            move[i::2] = mover(obs[i::2], legal[i::2]).to(move.device)
+        won, over = game.play(move)
+        won = (won * playing).cpu()
+        won[1 - ply % 2 :: 2] *= -1  # these plies were second's
+        score += won / 2
+        playing &= ~over
+        game.restart(over)  # it goes on, but no longer counts
+        if not playing.any():
+            break
+    return score
+
+
+# ==== Worlds that are built in ========================================================================================
+#
+# Two worlds are small enough to be written here as tensors, all N copies at once: a hundred times as fast as one by
+# one in Python, and on a GPU a whole rollout is one launch. Tests compare both with the packages they rebuild.
 
 
 class SimpleSpread:
-    """Three agents are to cover three landmarks without bumping into each other (Lowe et al. 2017): N worlds at once,
-    the same numbers as mpe2's simple_spread_v3 (a test compares them), a hundred times as fast. Episodes of 25 steps.
+    """Three agents are to cover three landmarks without bumping into each other (Lowe et al. 2017). The same numbers as
+    mpe2's simple_spread_v3, whose time limit is 25 steps.
 
     NOTE: not the MAPPO paper's numbers. There the reward is shared, positions follow the new velocity, landmarks are
     nearer: their return is about 2 * (sum over agents of this one) - 75.
@@ -858,90 +841,117 @@ class SimpleSpread:
     num_agents, obs_dim, state_dim, action_space, length = 3, 18, 54, gym.spaces.Discrete(5), 25
 
     def __init__(self, num_envs, device):
-        self.num_envs, self.device, self.rng = num_envs, device, torch.Generator()
+        self.num_envs = num_envs
+        self.position, self.velocity, self.landmark = torch.zeros(3, num_envs, 3, 2, device=device)
+        self.clock = torch.zeros(num_envs, device=device)
         self.force = torch.tensor([[0.0, 0], [-5, 0], [5, 0], [0, -5], [0, 5]], device=device)
         self.others = torch.tensor([[1, 2], [0, 2], [0, 1]], device=device)
         self.always = torch.ones(num_envs, 3, 5, dtype=torch.bool, device=device)
+        self.silence = torch.zeros(num_envs, 3, 4, device=device)  # nobody speaks in this scenario
+        self.nobody = torch.zeros(num_envs, 3, device=device)
 
-    def reset(self, seed):
-        self.rng.manual_seed(seed[0])
-        self.begin()
-        return self.view()
+    def noise(self, T):
+        return torch.rand(T, self.num_envs, 2, 3, 2)  # where agents and landmarks are, should a new episode begin
 
-    def begin(self):  # all worlds start, and end, together
-        self.position, self.landmark = 2 * torch.rand(2, self.num_envs, 3, 2, generator=self.rng).to(self.device) - 1
-        self.velocity, self.clock = torch.zeros_like(self.position), 0
+    def reset(self, generator):
+        everywhere = torch.ones_like(self.clock)
+        self.begin(everywhere, torch.rand(self.num_envs, 2, 3, 2, generator=generator).to(everywhere.device))
+
+    def begin(self, where, noise):
+        where = where.view(-1, 1, 1) > 0
+        self.position.copy_(torch.where(where, 2 * noise[:, 0] - 1, self.position))
+        self.landmark.copy_(torch.where(where, 2 * noise[:, 1] - 1, self.landmark))
+        self.velocity.mul_(~where)
+        self.clock.mul_(~where[:, 0, 0])
 
     def view(self):
         to_landmarks = self.landmark[:, None] - self.position[:, :, None]  # (N, agent, landmark, 2)
         to_others = self.position[:, self.others] - self.position[:, :, None]  # (N, agent, the two others, 2)
-        silence = self.position.new_zeros(self.num_envs, 3, 4)  # nobody speaks in this scenario
-        obs = torch.cat([self.velocity, self.position, to_landmarks.flatten(2), to_others.flatten(2), silence], -1)
+        seen = [self.velocity, self.position, to_landmarks.flatten(2), to_others.flatten(2), self.silence]
+        obs = torch.cat(seen, -1)
         return {"obs": obs, "state": obs.flatten(1), "legal": self.always, "alive": self.always[..., 0]}
 
-    def step(self, action):  # (N, 3): nothing, left, right, down, up
+    def step(self, t, action, noise):  # (N, 3): nothing, left, right, down, up
         apart = self.position[:, :, None] - self.position[:, None]  # (N, 3, 3, 2)
         distance = apart.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        penetration = 1e-3 * torch.logaddexp(distance.new_zeros(()), (0.3 - distance) / 1e-3)  # two radii of 0.15
+        penetration = 1e-3 * nn.functional.softplus((0.3 - distance) / 1e-3)  # two radii of 0.15
         push = (100 * apart / distance * penetration).sum(2)
-        self.position = self.position + 0.1 * self.velocity  # with the old velocity, as mpe2 does since 2023
-        self.velocity = 0.75 * self.velocity + 0.1 * (self.force[action] + push)
+        self.position.add_(0.1 * self.velocity)  # with the old velocity, as mpe2 does since 2023
+        self.velocity.mul_(0.75).add_(0.1 * (self.force[action] + push))
         touching = (self.position[:, :, None] - self.position[:, None]).norm(dim=-1) < 0.3
         bumps = touching.sum(-1) - 1  # nobody bumps into itself
         uncovered = (self.landmark[:, :, None] - self.position[:, None]).norm(dim=-1).amin(-1).sum(-1, keepdim=True)
         reward = -0.5 * (uncovered + bumps)
-        self.clock += 1
-        view, final, over = self.view(), None, self.clock == self.length
-        if over:
-            final = view
-            self.begin()
-            view = self.view()
-        nobody = torch.zeros_like(reward)
-        return view, reward, nobody, torch.full((self.num_envs,), over, device=self.device), final
-
-    def close(self):
-        pass
+        self.clock.add_(1)
+        successor, over = self.view(), (self.clock == self.length).float()
+        self.begin(over, noise)
+        return self.view(), successor, reward, self.nobody, over
 
 
 class ConnectFour:
     """N boards of Connect Four, 6 rows of 7 columns. A player's stones are the bits of an int64: bit 7 * column + row,
-    the seventh bit of a column staying empty. The view is the mover's: own stones, then the other's, 42 cells each."""
+    the seventh bit of a column staying empty. The side to move sees three times 42 cells: its own stones, the other's,
+    and where a stone can fall now.
 
-    obs_dim, num_actions, max_plies = 84, 7, 42
+    A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
+    whatever they learn on one side they know on the other; half of all positions need not be learned at all.
+    """
+
+    obs_dim, num_actions, max_plies = 126, 7, 42
 
     def __init__(self, num_envs, device):
         self.num_envs, self.device = num_envs, device
-        self.mine, self.theirs = torch.zeros(2, num_envs, dtype=torch.long, device=device)
-        column, row = torch.arange(7, device=device), torch.arange(6, device=device)
-        self.cells = (7 * column[:, None] + row).flatten()
+        self.boards = torch.zeros(num_envs, 2, dtype=torch.long, device=device)  # of the side to move, of the other
+        self.opening = self.boards.clone()  # where games begin
+        self.flipped = torch.zeros(num_envs, dtype=torch.bool, device=device)  # whether players see the mirror image
+        self.columns, row = 7 * torch.arange(7, device=device), torch.arange(6, device=device)
+        self.cells = (self.columns[:, None] + row).flatten()
+        self.full, self.bottoms = int((1 << self.cells).sum()), int((1 << self.columns).sum())
 
-    def start(self, where):
-        self.mine, self.theirs = self.mine.where(~where, 0), self.theirs.where(~where, 0)
+    def restart(self, where):
+        self.boards.copy_(torch.where(where[:, None], self.opening, self.boards))
 
     def view(self):
-        boards = torch.stack([self.mine, self.theirs], -1)[..., None] >> self.cells & 1  # (N, 2, 42)
-        obs, legal = boards.flatten(1).float(), boards.sum(1).view(-1, 7, 6)[..., 5] == 0
-        return {"obs": obs[:, None], "state": obs, "legal": legal[:, None], "alive": torch.ones_like(legal[:, :1])}
+        """obs (N, 126), legal (N, 7)"""
+        mirrored = ((self.boards[..., None] >> self.columns & 127).flip(-1) << self.columns).sum(-1)
+        smaller, same = mirrored < self.boards, mirrored[:, 0] == self.boards[:, 0]
+        self.flipped.copy_(smaller[:, 0] | same & smaller[:, 1])
+        boards = torch.where(self.flipped[:, None], mirrored, self.boards)
+        # One more in each column: the carry stops in its lowest free cell, or in the seventh bit if it is full.
+        playable = boards.sum(1, keepdim=True) + self.bottoms & self.full
+        cells = torch.cat([boards, playable], 1)[..., None] >> self.cells & 1  # (N, 3, 42)
+        return cells.flatten(1).float(), (playable >> self.columns & 63) != 0
 
-    def play(self, action, where):
-        """Drop the mover's stone into column `action` (N,) where `where`; then the other player is to move there.
+    def column(self, action):
+        """The column (N,) that an action at the last view means, and the other way round."""
+        return torch.where(self.flipped, 6 - action, action)
+
+    def play(self, action):
+        """Drop the mover's stone at what the last view called column `action` (N,); then the other player is to move.
         Returns the mover's score (1: four in a row) and whether the game is over, (N,) each."""
-        bottom = torch.ones_like(action) << 7 * action
-        stone = ((self.mine | self.theirs) + bottom) & (bottom * 63)  # the carry stops in the lowest free cell
-        mine = self.mine | stone
-        four = torch.zeros_like(where)
+        mine, theirs = self.boards.unbind(1)
+        column = self.columns[self.column(action)]
+        moved = mine | ((mine | theirs) + (1 << column) & (63 << column))
+        four = torch.zeros_like(moved)
         for shift in (1, 6, 7, 8):  # column, diagonals, row
-            pairs = mine & (mine >> shift)
-            four |= pairs & (pairs >> 2 * shift) != 0
-        full = ((mine | self.theirs)[:, None] >> self.cells & 1).sum(-1) == 42
-        self.mine, self.theirs = torch.where(where, self.theirs, self.mine), torch.where(where, mine, self.theirs)
-        return (four & where).float(), (four | full) & where
+            pairs = moved & (moved >> shift)
+            four |= pairs & (pairs >> 2 * shift)
+        over = (four != 0) | ((moved | theirs) == self.full)
+        self.boards.copy_(torch.stack([theirs, moved], 1))
+        return (four != 0).float(), over
 
 
 WORLDS, GAMES = {"simple_spread": SimpleSpread}, {"connect_four": ConnectFour}
 
 
-# ==== Plumbing. A reader who wanted the algorithm can stop here. ======================================================
+def make_world(args, num_envs, device):
+    """What the agents live in. Raises UserError."""
+    if args.algorithm == "selfplay":
+        return SelfPlay(GAMES[args.env_id](num_envs, device), args)
+    return WORLDS[args.env_id](num_envs, device) if args.env_id in WORLDS else ParallelEnv(args)
+
+
+# ==== Plumbing, the same in every script. A reader who wanted the algorithm can stop here. ============================
 
 
 class UserError(Exception):
@@ -956,124 +966,55 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---- environments and normaliser -------------------------------------------------------------------------------------
+def say(text):
+    print(f"{SCRIPT}.py: {text}", file=sys.stderr, flush=True)
 
 
-class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far, in float64 buffers; mean 0 and variance 1 before the first."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def update(self, x):
-        """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule."""
-        x = x.to(self.mean)
-        total = self.count + len(x)
-        delta = x.mean(0) - self.mean
-        m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta.square() * self.count * len(x) / total
-        self.mean += delta * len(x) / total
-        self.var.copy_(m2 / total)
-        self.count.copy_(total)
-
-    def inv_std(self):
-        """1 / standard deviation; 1 for what has been constant so far, which has no scale."""
-        return torch.where(self.var > 1e-8, self.var, 1.0).rsqrt().float()
-
-    def normalizer(self, numpy=False):
-        """The map x -> clip((x - mean) / std, -10, 10) of tensors or numpy arrays, frozen as it is now."""
-        mean, inv_std = self.mean.float(), self.inv_std()
-        if numpy:
-            mean, inv_std = mean.cpu().numpy(), inv_std.cpu().numpy()
-        return lambda x: ((x - mean) * inv_std).clip(-10, 10)
+# ---- environments and the processes that run them --------------------------------------------------------------------
 
 
-class Team:
-    """A world, and what has to be remembered of it between two rollouts."""
-
-    def __init__(self, world):
-        self.world, self.episodes = world, 0  # finished ones, like all that follows
-        self.returns, self.lengths, self.returns_by_agent = (deque(maxlen=100) for _ in range(3))
-
-    def reset(self, seed):
-        """Start a new episode in every environment; those in flight are dropped. seed: a tuple of integers."""
-        seeds = np.random.SeedSequence(seed).generate_state(self.world.num_envs) >> 1
-        self.view = self.world.reset([int(s) for s in seeds])
-        self.episode_return = torch.zeros_like(self.view["alive"], dtype=torch.float64)  # (N, G)
-        self.episode_length = torch.zeros_like(self.episode_return[:, 0])
-
-    def collect(self, agent, num_steps, rng):
-        """Run the policies for T steps in each environment. Only the actors are evaluated here; values and
-        log-probabilities follow in one batch (prepare_batch), since no parameter moves during a rollout.
-
-        Returns tensors obs (T+1, N, G, D) and, for a centralised critic, state (T+1, N, S), both raw; legal
-        (T, N, G, A), action (T, N, G) or (T, N, G, A), alive, reward, terminated, done (T, N, G); final_index (F, 2),
-        final_obs, final_state (F, ...): the (t, n) after which an episode was over, and what was seen there at the end.
-        """
-        act, noise = agent.frozen_policy(), agent.noise(num_steps, self.world.num_envs, rng=rng)
-        steps, finals = [], []
-        keys = ["obs", "state"] if agent.centralised else ["obs"]
-        for t in range(num_steps):
-            view, action = self.view, act(self.view, noise[t])
-            self.view, reward, terminated, over, final = self.world.step(action)
-            done = torch.maximum(terminated.float(), over[:, None].float())
-            steps.append({"action": action, "reward": reward, "terminated": terminated.float(), "done": done})
-            steps[-1] |= {key: view[key] for key in ("legal", *keys)} | {"alive": view["alive"].float()}
-            self.episode_return += reward
-            self.episode_length += 1
-            ended = over.nonzero()[:, 0]
-            if len(ended):
-                if final:
-                    index = torch.stack([torch.full_like(ended, t), ended], -1)
-                    finals.append({"final_index": index} | {f"final_{key}": final[key] for key in keys})
-                self.finish_episodes(ended)
-        rollout = {key: torch.stack([s[key] for s in steps]) for key in steps[0]}
-        rollout |= {key: torch.cat([rollout[key], self.view[key][None]]) for key in keys}
-        rollout |= {key: torch.cat([f[key] for f in finals]) for key in (finals[0] if finals else ())}
-        return {"final_index": ()} | rollout
-
-    def finish_episodes(self, ended):
-        """Record the returns and lengths of the episodes that have just ended, and start counting anew."""
-        self.episodes += len(ended)
-        self.returns.extend(self.episode_return[ended].sum(-1).tolist())
-        self.returns_by_agent.extend(self.episode_return[ended].tolist())
-        self.lengths.extend(self.episode_length[ended].tolist())
-        self.episode_return[ended] = 0
-        self.episode_length[ended] = 0
-
-    def statistics(self):
-        """episodes so far; mean raw return, summed over agents, and length of the last 100 (nan before the first)"""
-        mean_return, mean_length = (float(np.mean(x)) if x else math.nan for x in (self.returns, self.lengths))
-        return {"episodes": self.episodes, "episodic_return": mean_return, "episodic_length": mean_length}
-
-    def statistics_by_agent(self):
-        """Mean raw return of each agent over the last 100 episodes, where there is more than one."""
-        G = self.world.num_agents
-        means = np.mean(self.returns_by_agent, 0) if self.returns_by_agent else np.full(G, math.nan)
-        return {f"returns/agent_{g}": float(x) for g, x in enumerate(means)} if G > 1 else {}
-
-    def state_dict(self):
-        return {key: list(getattr(self, key)) for key in self.KEPT} | {"episodes": self.episodes}
-
-    def load_state_dict(self, state):
-        self.episodes = state["episodes"]
-        for key in self.KEPT:
-            getattr(self, key).extend(state[key])
-
-    KEPT = ("returns", "lengths", "returns_by_agent")
+def checked(obs, shape, reward=None):
+    """The observation, if it and the reward can be learned from. Raises RunFailed."""
+    if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
+        with np.printoptions(threshold=8):
+            seen = " ".join(str(obs).split())
+        what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
+        raise RunFailed(f"{what}: not finite, or not of shape {shape}")
+    return obs
 
 
-def parallel_env(env_id):
-    """The function that makes a PettingZoo parallel environment, of an id such as mpe2.simple_tag_v3: a module with a
-    `parallel_env`. Raises UserError."""
+@contextlib.contextmanager
+def named_failures(describe):
+    """Turn what an environment raises into one line: describe(), the call, the error, and the place in the code."""
+    try:
+        yield
+    except (gym.error.Error, ImportError) as error:  # an id, a version or a package that is not there
+        raise UserError(f"{describe()}: {first_line(error)}") from error
+    except RunFailed as error:
+        raise RunFailed(f"{describe()}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        call = next((f.name for f in reversed(frames) if f.name in ("__init__", "reset", "step")), frames[-1].name)
+        text = f"{call}() raised {type(error).__name__}: {first_line(error)}"
+        place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+        raise RunFailed(f"{describe()}: {text} ({place})") from error
+
+
+def quiet_mujoco():
+    """Silence an irrelevant warning of the v4 environments, which would also leave a file MUJOCO_LOG.TXT behind."""
+    try:
+        import mujoco  # here, so that other environments do not need it
+    except Exception as error:  # MUJOCO_GL is set to something else than egl, glfw or osmesa, say
+        raise UserError(f"cannot import mujoco: {first_line(error)}") from error
+    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
+
+
+def find_parallel_env(env_id):
+    """The function that makes a PettingZoo parallel environment, of an id such as mpe2.simple_tag_v3: a module, or a
+    member of one, with a `parallel_env`. Raises UserError."""
     package, _, name = env_id.rpartition(".")
-    pins = {
-        "mpe2": "mpe2==1.1.1",
-        "gymnasium_robotics": "gymnasium-robotics==1.4.2",
-        "pettingzoo": "pettingzoo==1.27.0",
-    }
     try:
         try:
             module = importlib.import_module(env_id)
@@ -1081,46 +1022,52 @@ def parallel_env(env_id):
             module = getattr(importlib.import_module(package), name)
         return module.parallel_env
     except (ImportError, AttributeError, ValueError) as error:
+        pins = {"mpe2": "1.1.1", "gymnasium_robotics": "1.4.2", "pettingzoo": "1.27.0"}
         root = env_id.partition(".")[0]
-        if root in pins and not find_spec(root):
-            raise UserError(f"{env_id} needs the package: pip install {pins[root]}") from None
+        if root in pins and isinstance(error, ImportError):
+            name = f"{root.replace('_', '-')}=={pins[root]}"
+            raise UserError(f"{env_id}: {first_line(error)} (pip install {name})") from error
         known = ", ".join([*WORLDS, *GAMES])
         message = f"there is no environment {env_id}: built in are {known}; else name a module with a parallel_env"
         raise UserError(f"{message} ({first_line(error)})") from None
 
 
-class PettingZooEnv(gym.Env):
-    """A PettingZoo parallel environment as one gymnasium environment, whose observation is all that a world's view
-    needs. Narrower agents are padded with zeros; an agent that has left is not alive. Box actions are mapped so that
-    [-1, 1] is an agent's whole range. Raises UserError."""
+class ParallelEnv(gym.Env):
+    """A PettingZoo parallel environment that shows views (see "What a world is"), as numpy arrays without N. Narrower
+    agents are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
 
-    def __init__(self, env_id, env_kwargs, **kwargs):
-        quiet_mujoco()
-        try:
-            self.env = parallel_env(env_id)(**json.loads(env_kwargs), **kwargs)
-        except (TypeError, AssertionError, AttributeError, ValueError) as error:
-            raise UserError(f"cannot make {env_id} with {env_kwargs}: {first_line(error)}") from error
-        self.names, self.render_mode = list(self.env.possible_agents), kwargs.get("render_mode")
-        self.metadata, self.spec = {"render_modes": ["rgb_array"]}, gym.envs.registration.EnvSpec(env_id)
-        self.spaces = [self.env.action_space(name) for name in self.names]
-        self.obs_spaces = [self.env.observation_space(name) for name in self.names]
+    def __init__(self, args, **kwargs):
+        with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}"):
+            if "mujoco" in args.env_id:
+                quiet_mujoco()
+            make, given = find_parallel_env(args.env_id), json.loads(args.env_kwargs)
+            try:
+                self.env = make(**given, **kwargs)
+            except (TypeError, AssertionError, ValueError) as error:  # as environments refuse arguments
+                if given:
+                    raise UserError(f"cannot make {args.env_id} with {args.env_kwargs}: {first_line(error)}") from error
+                raise
+            self.names, self.render_mode = list(self.env.possible_agents), kwargs.get("render_mode")
+            self.spaces = [self.env.action_space(name) for name in self.names]
+            self.obs_spaces = [self.seen(self.env.observation_space(name)) for name in self.names]
+        self.metadata, self.spec = {"render_modes": ["rgb_array"]}, gym.envs.registration.EnvSpec(args.env_id)
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
         if not self.discrete and not all(isinstance(s, gym.spaces.Box) and s.is_bounded() for s in self.spaces):
-            raise UserError(f"{env_id} has the action spaces {self.spaces}; this script does Discrete or bounded Box")
+            raise UserError(f"{args.env_id} has action spaces {self.spaces}; this script does Discrete or bounded Box")
+        if any(len(space.shape or ()) > 2 for space in self.obs_spaces):
+            raise UserError(f"{args.env_id} has observations {self.obs_spaces}; this script is not for images")
         widths = np.array([gym.spaces.flatdim(space) for space in self.spaces])
-        G, A = len(self.names), int(widths.max())
+        self.num_agents, A = len(self.names), int(widths.max())
         self.own_actions = np.arange(A) < widths[:, None]  # (G, A)
-        self.D = max(gym.spaces.flatdim(self.seen(space)) for space in self.obs_spaces)
-        self.has_state = False
-        joint = self.reset(seed=0)[0]["state"]
-        with contextlib.suppress(NotImplementedError, AttributeError):  # most states are the observations side by side
-            unpadded = sum(gym.spaces.flatdim(self.seen(space)) for space in self.obs_spaces)
-            self.has_state = self.env.state().size != unpadded
-            joint = self.env.state() if self.has_state else joint
-        box, bits = (lambda *n: gym.spaces.Box(-np.inf, np.inf, n, np.float32)), gym.spaces.MultiBinary
-        spaces = {"obs": box(G, self.D), "state": box(joint.size), "legal": bits([G, A]), "alive": bits(G)}
-        self.observation_space = gym.spaces.Dict(spaces | {"reward": box(G), "terminated": bits(G)})
-        self.action_space = gym.spaces.MultiDiscrete([A] * G) if self.discrete else box(G, A)
+        self.action_space = gym.spaces.Discrete(A) if self.discrete else gym.spaces.Box(-1, 1, (A,))
+        obs_dims = [gym.spaces.flatdim(space) for space in self.obs_spaces]
+        self.obs_dim, self.has_state = max(obs_dims), False
+        with named_failures(lambda: f"cannot reset {args.env_id}"):
+            self.state_dim = self.reset(seed=0)[0]["state"].size
+            with contextlib.suppress(NotImplementedError, AttributeError):  # most states are all observations together
+                size = self.env.state().size
+                if size != sum(obs_dims):
+                    self.has_state, self.state_dim = True, size
 
     @staticmethod
     def seen(space_or_obs):
@@ -1130,37 +1077,36 @@ class PettingZooEnv(gym.Env):
         except (TypeError, KeyError, IndexError):
             return space_or_obs
 
-    def pack(self, obs, infos, rewards=None, terminations=None):
-        G, rewards, terminations = len(self.names), rewards or {}, terminations or {}
-        packed = {"obs": np.zeros((G, self.D), np.float32), "legal": self.own_actions.copy()}
-        for g, name in enumerate(self.names):
+    def pack(self, obs, infos, rewards=None):
+        view = {"obs": np.zeros((self.num_agents, self.obs_dim), np.float32), "legal": self.own_actions.copy()}
+        for g, (name, space) in enumerate(zip(self.names, self.obs_spaces)):
             if name in obs:
-                flat = gym.spaces.flatten(self.seen(self.obs_spaces[g]), self.seen(obs[name]))
-                packed["obs"][g, : flat.size] = flat
+                x = checked(self.seen(obs[name]), space.shape, None if rewards is None else rewards.get(name, 0.0))
+                view["obs"][g, : gym.spaces.flatdim(space)] = gym.spaces.flatten(space, x)
                 own = obs[name] if isinstance(obs[name], dict) else infos.get(name, {})
                 if self.discrete and "action_mask" in own:
-                    packed["legal"][g, : len(own["action_mask"])] = own["action_mask"]
-        packed["state"] = packed["obs"].flatten() if not self.has_state else self.env.state().astype(np.float32).ravel()
-        packed["alive"] = np.array([name in self.env.agents for name in self.names])
-        packed["reward"] = np.array([rewards.get(name, 0) for name in self.names], np.float32)
-        packed["terminated"] = np.array([bool(terminations.get(name, False)) for name in self.names])
-        return packed
+                    view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
+        view["state"] = np.asarray(self.env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
+        view["alive"] = np.array([name in self.env.agents for name in self.names], np.float32)
+        return view
 
     def reset(self, seed=None, options=None):
         return self.pack(*self.env.reset(seed=seed)), {}
 
     def step(self, action):
+        """(G,) or (G, A) -> view, reward (G,), terminated (G,), whether the episode is over, {}"""
         actions = {}
         for name, space, a in zip(self.names, self.spaces, action):
-            if name in self.env.agents:
-                if self.discrete:
-                    actions[name] = int(a) + int(space.start)
-                else:
-                    unit = (a[: np.prod(space.shape)].reshape(space.shape).clip(-1, 1) + 1) / 2
-                    actions[name] = (space.low + unit * (space.high - space.low)).astype(space.dtype)
+            if name in self.env.agents and self.discrete:
+                actions[name] = int(a) + int(space.start)
+            elif name in self.env.agents:
+                unit = (a[: np.prod(space.shape, dtype=int)].reshape(space.shape).clip(-1, 1) + 1) / 2
+                actions[name] = (space.low + unit * (space.high - space.low)).astype(space.dtype)
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
-        packed, over = self.pack(obs, infos, rewards, terminations), not self.env.agents
-        return packed, 0.0, over and not any(truncations.values()), over and any(truncations.values()), {}
+        reward, terminated = (
+            np.array([x.get(name, 0) for name in self.names], np.float32) for x in (rewards, terminations)
+        )
+        return self.pack(obs, infos, rewards), reward, terminated, not self.env.agents, {}
 
     def render(self):
         return self.env.render()
@@ -1169,79 +1115,225 @@ class PettingZooEnv(gym.Env):
         self.env.close()
 
 
-class PettingZoo:
-    """N copies of a PettingZoo environment as a world, through gymnasium's vector environments."""
-
-    def __init__(self, args, num_envs, device):
-        def thunk():
-            if multiprocessing.parent_process():  # a worker: Ctrl-C and SIGTERM are its parent's business
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            return PettingZooEnv(args.env_id, args.env_kwargs)
-
-        with contextlib.closing(PettingZooEnv(args.env_id, args.env_kwargs)) as env:  # mistakes fail in this process
-            self.discrete, space = env.discrete, env.observation_space
-        vector = SyncVectorEnv if args.vectorization == "sync" else AsyncVectorEnv
-        self.envs, self.num_envs = vector([thunk] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP), num_envs
-        self.device = device
-        (self.num_agents, A), self.obs_dim = space["legal"].shape, space["obs"].shape[1]
-        self.state_dim = space["state"].shape[0]
-        self.action_space = gym.spaces.Discrete(A) if self.discrete else gym.spaces.Box(-1, 1, (A,))
-
-    def tensors(self, obs):
-        view = {key: torch.as_tensor(x).to(self.device) for key, x in obs.items()}
-        return view | {key: view[key].bool() for key in ("legal", "alive", "terminated")}
-
-    def reset(self, seed):
-        return self.tensors(self.envs.reset(seed=seed)[0])
-
-    def step(self, action):
-        obs, _, terminated, truncated, info = self.envs.step(action.cpu().numpy())
-        view, over, final = self.tensors(obs), torch.from_numpy(terminated | truncated).to(self.device), None
-        reward, gone = view.pop("reward"), view.pop("terminated")
-        if over.any():
-            last = [x for x in info["final_obs"] if x is not None]
-            final = self.tensors({key: np.stack([x[key] for x in last]) for key in last[0]})
-            reward[over], gone[over] = final["reward"], final["terminated"]
-        return view, reward, gone, over, final
-
-    def close(self):
-        self.envs.close()
+def close(*envs):
+    for env in envs:
+        with contextlib.suppress(Exception):  # nothing depends on it any more
+            env.close()
 
 
-def quiet_mujoco():
-    """Silence two warnings that tell a user of the v4 environments nothing (v4 on purpose: the published numbers are
-    v4's; v5 ids work too), one of which would also leave a MUJOCO_LOG.TXT in the working folder."""
-    warnings.filterwarnings("ignore", message=".*The environment .* is out of date")
-    if find_spec("mujoco"):
-        import mujoco
-
-        mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
+def perform(environments, seeds):
+    """environments.run(seeds), where a failure names the environment and the step. Raises RunFailed."""
+    with named_failures(lambda: "environment {}, step {} of the rollout".format(*environments.at)):
+        return environments.run(seeds)
 
 
-def make_game(env_id, num_envs, device):
-    return GAMES[env_id](num_envs, device)
+def work_for_team(pipe, *args):
+    """A worker process: run ParallelEnvironments(*args) as often as the parent asks for it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them, too, and finishes its iteration first
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        try:
+            environments = ParallelEnvironments(*args)
+            while (seeds := pipe.recv()) is not False:
+                pipe.send(perform(environments, seeds))
+            close(*environments.envs)
+        except (UserError, RunFailed) as error:
+            pipe.send(str(error))
 
 
-def make_world(args, num_envs, device):
-    """What the agents live in; see "Worlds". Raises UserError."""
-    if args.algorithm == "selfplay":
-        return SelfPlay(make_game(args.env_id, num_envs, device), args.latest_prob)
-    return WORLDS[args.env_id](num_envs, device) if args.env_id in WORLDS else PettingZoo(args, num_envs, device)
+class TeamActors:
+    """The N environments. A built-in world runs in this process, on the device of the team. PettingZoo environments are
+    spread over processes: each runs whole rollouts of its part with the frozen policies, and they meet once an
+    iteration. The first part is this process's own."""
+
+    def __init__(self, args, world, team):
+        T, N = args.num_steps, args.num_envs
+        self.old_team, self.noise = copy.deepcopy(team), team.noise(T, N)
+        self.rollout = empty_rollout(team, world, T, N)
+        self.episodes, self.last = 0, deque(maxlen=100)  # last: (return, length) of the episodes that ended last
+        self.running = torch.zeros(N, team.G + 1)  # returns of the episodes in flight, agent by agent, and their length
+        self.ended = self.running[:0]  # the same of those that ended in this rollout
+        if isinstance(world, ParallelEnv):
+            close(world)
+            self.old_team.share_memory()
+            shared = self.old_team, self.noise.share_memory_(), {k: x.share_memory_() for k, x in self.rollout.items()}
+            k = min(max(args.num_workers, 1), N)  # processes
+            self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
+            self.kind = ParallelEnvironments
+            return
+        device = torch.device("cuda" if args.cuda else "cpu")
+        self.old_team, self.noise = self.old_team.to(device), self.noise.to(device)
+        self.rollout = {key: x.to(device) for key, x in self.rollout.items()}
+        if isinstance(world, SelfPlay):
+            world.team = self.old_team  # the present policy is an opponent, too
+        world_noise = world.noise(T).to(device)
+        self.parts = [(args, world, self.old_team, self.noise, world_noise, self.rollout)]
+        self.kind = BuiltInEnvironments
+
+    def __enter__(self):
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.own, self.workers = self.kind(*self.parts[0]), []
+        try:
+            for part in self.parts[1:]:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=work_for_team, args=(theirs, *part), daemon=True)
+                process.start()
+                self.workers.append((process, ours))
+                theirs.close()
+        except BaseException:  # Ctrl-C, say
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error):
+        for _, pipe in self.workers:
+            with contextlib.suppress(OSError):  # that worker is dead
+                pipe.send(False)
+        for process, _ in self.workers:
+            process.join(timeout=5)
+            process.kill()
+        close(*self.own.envs)
+
+    def collect(self, team, seed=None):
+        """A rollout of the team as it is now. seed, a tuple of integers: begin new episodes first. Raises RunFailed."""
+        self.old_team.load_state_dict(team.state_dict())
+        self.noise.copy_(team.noise(*self.noise.shape[:2]))
+        seeds = None if seed is None else np.random.SeedSequence(seed).generate_state(self.noise.shape[1]) >> 1
+        try:
+            for _, pipe in self.workers:
+                pipe.send(seeds)
+            answers = [perform(self.own, seeds)] + [pipe.recv() for _, pipe in self.workers]
+        except (EOFError, OSError) as error:
+            codes = [process.exitcode for process, _ in self.workers if process.join(0.1) or not process.is_alive()]
+            raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
+        for answer in answers:
+            if answer is not None:
+                raise RunFailed(answer)
+        self.note_episodes(*(self.rollout[key].cpu() for key in ("reward", "over")), begins=seed is not None)
+        return self.rollout
+
+    def note_episodes(self, reward, over, begins):
+        ended, self.running = [], self.running * (not begins)
+        for reward_t, over_t in zip(reward, over > 0):  # (N, G), (N,)
+            self.running += nn.functional.pad(reward_t, (0, 1), value=1.0)
+            ended.append(self.running[over_t])
+            self.running[over_t] = 0
+        self.ended = torch.cat(ended)
+        self.episodes += len(self.ended)
+        self.last.extend((sum(returns), int(length)) for *returns, length in self.ended[-100:].tolist())
+
+    def statistics(self):
+        """Episodes so far, and mean raw return, summed over agents, and length of the last 100."""
+        mean_return, mean_length = np.mean(self.last, axis=0).tolist() if self.last else (math.nan, math.nan)
+        return {"episodes": self.episodes, "episodic_return": mean_return, "episodic_length": mean_length}
+
+    def by_agent(self):
+        """Each agent's mean raw return in the episodes that ended in this iteration; with one agent nothing."""
+        means = self.ended.mean(0)[:-1].tolist()
+        return {f"returns/agent_{g}": x for g, x in enumerate(means)} if len(means) > 1 else {}
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+def initial_state(agent, logged):
+    """The state of update() at the start. The agent's parameters become views of state["parameters"], one vector."""
+    vector = parameters_to_vector(agent.parameters()).detach()
+    vector_to_parameters(vector, agent.parameters())
+    state = {"parameters": vector, "m": torch.zeros_like(vector), "v": torch.zeros_like(vector)}
+    return state | {"t": torch.zeros_like(vector[0]), "sums": torch.zeros_like(vector[:logged])}
+
+
+def named_parts(agent, vector):
+    """A vector of all parameters as a dict of tensors, by name."""
+    parameters = dict(agent.named_parameters())
+    parts = vector.split([p.numel() for p in parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts)}
+
+
+def gradient(loss, vector):
+    """The gradient of loss(vector)[0] at vector, and loss(vector)[1], without a history."""
+    if torch.compiler.is_compiling():
+        return torch.func.grad(loss, has_aux=True)(vector)
+    vector = vector.detach().requires_grad_()  # the same by autograd, which uncompiled takes little more than half
+    value, logged = loss(vector)
+    return torch.autograd.grad(value, vector)[0], {key: x.detach() for key, x in logged.items()}
+
+
+def scan_loop(step, rows, state):
+    """functools.reduce as one node of a compiled graph. No Python runs in it: 95 us a minibatch instead of 150."""
+    return scan(lambda state, row: (step(state, row), row[0].clone()), state, rows)[0]
+
+
+def accelerated(args, epoch, update, *operands):
+    """epoch(update, loop, *operands) as a function without arguments, in the fastest form that the run allows."""
+    if args.cuda:
+        update = compiled(update, args.cuda) if args.compile else update
+        return CudaGraph(lambda: epoch(update, reduce, *operands))
+    if args.compile:
+        epoch = compiled(epoch, args.cuda)
+    return lambda: epoch(update, scan_loop if args.compile else reduce, *operands)
+
+
+def compiled(function, cuda):
+    """torch.compile(function) as one graph, gradient included. It compiles when it is first called."""
+    import torch._inductor.config as config  # here, because it is slow to import
+
+    if not cuda:
+        config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
+        config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
+    config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
+    warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
+    loops = ("torch.ops.higher_order.scan", "torch.ops.higher_order.while_loop")
+    config.unsafe_marked_cacheable_functions = dict.fromkeys(loops, torch.__version__)  # else every run compiles anew
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+class CudaGraph:
+    """A function without arguments or random numbers, whose tensors never move, as one launch instead of thousands.
+
+    Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
+    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
+    back, and none of the Python runs any more: what changes from call to call must be in tensors. What the function
+    returns is then always the same tensors, with new numbers in them."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 2:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return self.result
+        if self.calls == 3:
+            with torch.cuda.graph(self.graph):  # records, does not run
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
+def recorded(args, function):
+    """The function or, on a GPU, a recording of it. See CudaGraph for what it must not do."""
+    return CudaGraph(function) if args.cuda else function
 
 
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(state, path):
-    """Write torch.save(state) and its SHA-256 to a temporary file, flush, rename: `path` is whole at any moment.
-    Raises RunFailed, for a full disk say."""
-    payload = io.BytesIO()
-    torch.save(state, payload)
-    temporary = Path(f"{path}.tmp")
+    """Write to a temporary file, flush, rename: `path` is whole at any moment. Raises RunFailed if the disk is full."""
+    blob, temporary = io.BytesIO(), path.with_suffix(".pt.tmp")
+    torch.save(state, blob)
     try:
         with open(temporary, "wb") as file:
-            file.write(payload.getvalue() + hashlib.sha256(payload.getvalue()).digest())
+            file.write(blob.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1252,87 +1344,143 @@ def save_checkpoint(state, path):
 
 def load_checkpoint(path, env_id=None):
     """The state that save_checkpoint wrote, from a file or a run folder. It runs no code. Raises UserError."""
-    path = checkpoint_path(path)
-    blob = path.read_bytes()
-    payload, digest = blob[:-32], blob[-32:]
-    if hashlib.sha256(payload).digest() != digest:
-        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py: its checksum does not match its content")
-    state = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
-    if state["script"] != SCRIPT:
-        raise UserError(f"{path} is a checkpoint of {state['script']}.py, not of {SCRIPT}.py")
-    if env_id is not None and state["args"]["env_id"] != env_id:
-        raise UserError(f"{path} is a checkpoint of {state['args']['env_id']}, not of {env_id}")
-    return state
-
-
-def checkpoint_path(path):
-    """The checkpoint file that PATH, itself or its folder, names. Raises UserError."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    return path
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.save stores checksums, but torch.load ignores them
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        script, trained_on = state["script"], state["args"]["env_id"]
+    except Exception:
+        damaged = True
+    if damaged:
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py")
+    if script != SCRIPT or env_id not in (None, trained_on):
+        raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
+    return state
 
 
-def choose_run_dir(args):
-    """This run's folder: new, or that of --resume. Raises UserError if it holds another run."""
-    if args.resume:
-        resumed = checkpoint_path(args.resume).parent
-        if args.run_dir is None or Path(args.run_dir).resolve() == resumed.resolve():
-            return resumed
-    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or Path("runs") / name)
-    if (run_dir / "checkpoint.pt").exists():
-        raise UserError(f"{run_dir} holds another run: go on with --resume {run_dir}, or choose another --run-dir")
-    return run_dir
+def load_weights(agent, checkpoint):
+    """Raises UserError if the checkpoint is of another network, or of an environment with another observation."""
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint does not fit this agent: {str(error).splitlines()[-1].strip()}") from error
 
 
-class RunLog:
-    """The run folder but for the checkpoint: args.json, the script, progress.csv, TensorBoard events; and the bar."""
+class Run:
+    """The run's folder: checkpoint.pt, args.json, the script, progress.csv, TensorBoard events. And its progress bar,
+    which is a plain line every ten seconds where there is no terminal."""
 
-    CHARTS = {"sps": "SPS"} | {key: key for key in ("episodes", "episodic_return", "episodic_length", "learning_rate")}
+    def __init__(self, args):
+        """Check what can be checked, and read the checkpoint to resume. Writes nothing. Raises UserError."""
+        self.start, self.args = time.time(), args
+        check_args(args)
+        self.checkpoint = load_checkpoint(args.resume, args.env_id) if args.resume else {}
+        resumed = args.resume and (Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent)
+        name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir or resumed or Path("runs") / name)
+        if (self.dir / "checkpoint.pt").exists() and not (resumed and self.dir.resolve() == resumed.resolve()):
+            raise UserError(f"{self.dir} holds another run: --resume {self.dir}, or choose another --run-dir")
+        self.last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
 
-    def __init__(self, args, run_dir, global_step, save):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "checkpoint.pt").exists():
-            save()  # the very first: from here on a crash at any moment leaves a run that can be resumed
-        (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-        shutil.copy(__file__, run_dir)
-        self.path = run_dir / "progress.csv"
-        kept = self.path.read_text().splitlines(True) if global_step and self.path.exists() else []
-        kept = kept[:1] + [line for line in kept[1:] if line.endswith("\n") and int(line.split(",")[0]) <= global_step]
-        Path(f"{self.path}.tmp").write_text("".join(kept))
-        os.replace(f"{self.path}.tmp", self.path)  # rows past the checkpoint tell of steps that were lost
-        self.file = open(self.path, "a", buffering=1)
-        self.header = not kept
-        self.board = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
-        self.next_line = time.time() + 10
+    def restore(self, agent, state, actors):
+        """Put the checkpoint's state in place, if there is one. Returns global_step."""
+        self.agent, self.state, self.actors = agent, state, actors
+        if self.checkpoint:
+            load_weights(agent, self.checkpoint)
+            for key, x in self.checkpoint["adam"].items():
+                state[key].copy_(x)
+            actors.episodes = self.checkpoint["episodes"]
+            actors.last.extend(map(tuple, self.checkpoint["last"]))
+            if self.args.seed == self.checkpoint["args"]["seed"]:  # another seed begins a stream of its own
+                torch.set_rng_state(self.checkpoint["rng"])
+        self.global_step = self.checkpoint.get("global_step", 0)
+        self.start -= self.checkpoint.get("wall_time", 0.0)
+        self.wall_time, self.episodes_before = time.time() - self.start, actors.episodes
+        return self.global_step
 
-    def row(self, **row):
-        """Log one iteration. A key "group/name" is TensorBoard's tag; progress.csv has the column "name"."""
-        writer = csv.DictWriter(self.file, [key.split("/")[-1] for key in row])
-        if self.header:
-            writer.writeheader()
-            self.header = False
-        writer.writerow({k.split("/")[-1]: f"{x:.7g}" if isinstance(x, float) else x for k, x in row.items()})
-        for key, x in row.items():
-            if key not in ("global_step", "wall_time"):
-                tag = f"charts/{self.CHARTS[key]}" if key in self.CHARTS else f"losses/{key}"
-                self.board.add_scalar(key if "/" in key else tag, x, row["global_step"])
-        text = f"return {row['episodic_return']:.1f}, {row['sps']:.0f} steps/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(row["global_step"] - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            print(f"step {row['global_step']} of {self.bar.total}: {text}", file=sys.stderr)
-            self.next_line = time.time() + 10
+    def adapted(self, name, flag):
+        """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
+        value = getattr(self.args, flag)
+        same = self.checkpoint and self.checkpoint["args"][flag] == value
+        return self.checkpoint["adapted"].get(name, value) if same else value
+
+    def save(self, global_step, **adapted):
+        saved = {"script": SCRIPT, "args": asdict(self.args), "global_step": global_step, "wall_time": self.wall_time}
+        saved |= {"agent": self.agent.state_dict(), "adam": {key: self.state[key] for key in ("m", "v", "t")}}
+        saved |= {"adapted": adapted, "rng": torch.get_rng_state()}
+        saved |= {"episodes": self.actors.episodes, "last": list(self.actors.last)}
+        save_checkpoint(saved, self.dir / "checkpoint.pt")
 
     def __enter__(self):
+        args, terminal = self.args, sys.stderr.isatty()
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.csv = open(self.dir / "progress.csv", "a+", buffering=1)
+            with contextlib.suppress(ImportError):  # Windows has no fcntl
+                import fcntl
+
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = isinstance(error, BlockingIOError)
+            raise UserError(f"{self.dir}: {'another process is using it' if busy else error.strerror}") from error
+        self.cut_rows()
+        say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
+        if args.compile:
+            say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
+        if not (self.dir / "checkpoint.pt").exists():
+            self.save(self.global_step, **self.checkpoint.get("adapted", {}))  # a crash at any moment can be resumed
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
+            shutil.copy(__file__, self.dir)
+        self.board = SummaryWriter(self.dir, purge_step=self.global_step + 1 if self.global_step else None)
+        B = args.num_envs * args.num_steps
+        total = self.global_step + math.ceil((self.last_step - self.global_step) / B) * B
+        out = sys.stderr if terminal else open(os.devnull, "w")
+        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", file=out)
+        self.next_line = math.inf if terminal else time.time() + 10
         return self
 
+    def cut_rows(self):
+        """Drop the rows past the checkpoint: they tell of steps that were lost. Raises UserError."""
+        self.csv.seek(0)
+        try:
+            lines = self.csv.readlines() if self.global_step else []
+            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
+        except ValueError as error:
+            raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
+        self.csv.truncate(len("".join(lines[:1] + kept)))
+
+    def log(self, global_step, B, charts, losses):
+        """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
+        iteration_time, self.wall_time = time.time() - self.start - self.wall_time, time.time() - self.start
+        for key, x in losses.items():
+            if not math.isfinite(x) and key != "explained_variance":  # which is nan if all returns are the same
+                raise RunFailed(f"{key} is {x} at step {global_step}")
+        charts = {"SPS": B / iteration_time} | charts
+        row = {"global_step": global_step, "wall_time": self.wall_time} | charts | losses
+        if not self.csv.tell():
+            print(*(key.split("/")[-1].lower() for key in row), sep=",", file=self.csv)
+        print(*(f"{x:.7g}" if isinstance(x, float) else x for x in row.values()), sep=",", file=self.csv)
+        for key, x in (charts | losses).items():
+            tag = key if "/" in key else f"{'charts' if key in charts else 'losses'}/{key}"
+            self.board.add_scalar(tag, x, global_step)
+        self.bar.set_postfix_str(f"return {charts['episodic_return']:.1f}", refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        if time.time() > self.next_line:
+            print(self.bar, file=sys.stderr, flush=True)
+            self.next_line = time.time() + 10
+
     def __exit__(self, *error):
-        self.bar.close()
-        self.file.close()
-        self.board.close()
+        for x in (self.bar, self.board, self.csv):
+            x.close()
+
+    def summary(self, global_step, signals):
+        new = min(self.actors.episodes - self.episodes_before, 100)
+        returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
+        result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
+        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": signals[0] if signals else None}
 
 
 @contextlib.contextmanager
@@ -1348,218 +1496,153 @@ def stop_signals():
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
+    except Exception as error:
+        if received:  # Ctrl-C has also reached a compiler that this process was waiting for
+            raise KeyboardInterrupt(received[0]) from error
+        raise
     finally:
         for number, old in before.items():
             signal.signal(number, old)
 
 
-def compiled(update, device):
-    """torch.compile(update) as one graph, gradient included; in this process, without a pool of compiler processes."""
-    import torch._inductor.config  # imported here: not needed, and slow, without --compile
-
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad be part of the graph
-    torch._inductor.config.compile_threads = 1
-    torch._inductor.config.cpp_wrapper = device.type == "cpu"  # C++ calls the kernels: 175, not 215 us a minibatch
-    torch._inductor.config.size_asserts = False
-    torch._inductor.config.cpp.use_decompose_tanh = True  # another tenth; the error is 2e-7
-    return torch.compile(update, fullgraph=True, dynamic=False)
+# ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
 
 
-def unguarded(is_compiled):
-    """A context in which compiled code does not check before each call that nothing it was compiled for has changed:
-    within a run nothing does, and the checks take 7 of a minibatch's 157 us."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if is_compiled else contextlib.nullcontext()
-
-
-class CudaGraph:
-    """A function without arguments or random numbers, whose tensors never move, as one launch instead of thousands.
-
-    Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
-    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and nothing of the Python runs any more: what changes from call to call must be in tensors."""
-
-    def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self):
-        self.calls += 1
-        if self.calls <= 2:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.function()
-            torch.cuda.current_stream().wait_stream(stream)
-            return
-        if self.calls == 3:
-            with torch.cuda.graph(self.graph):  # records, does not run
-                self.function()
-        self.graph.replay()
-
-
-def announce_cuda(parameters, minibatch):
-    """Say in one line what --cuda does with this much work, and when it is not worth it."""
-    text = f"{SCRIPT}.py: --cuda: {parameters} parameters, minibatches of {minibatch}: updates run as CUDA graphs"
-    if minibatch < 1024:
-        text += "; with minibatches this small a CPU core may be as fast, compare steps/s with --no-cuda"
-    print(text, file=sys.stderr)
-
-
-def graphed(function, device):
-    """The function, as a CUDA graph where there is a GPU."""
-    return CudaGraph(function) if device.type == "cuda" else function
-
-
-# ---- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def evaluate(args) -> dict:
-    """Run the checkpoint's policies, normalisers frozen, on the CPU: for some episodes with their likeliest actions, or
-    against --opponent. Returns mean, std and the list of raw returns, summed over agents (games: 1 won, 1/2 drawn), and
-    the means by agent, or the Elo table. Raises UserError.
-    """
-    path = checkpoint_path(args.evaluate)
-    torch.set_num_threads(1)
-    if args.capture_video and args.env_id in WORLDS | GAMES:
-        raise UserError(f"{args.env_id} is built in and draws nothing; --env-id mpe2.simple_spread_v3 does")
-    agent, checkpoint = load_agent(path, args.env_id)
-    if args.algorithm == "selfplay":
-        if args.opponent == "pool":
-            return rate_pool(args, agent, checkpoint, path.parent)
-        returns, more = play_opponent(args, agent), {}
-    else:
-        by_agent = run_episodes(args, agent, path.parent / "videos", f"step-{checkpoint['global_step']}")  # (K, G)
-        returns, more = by_agent.sum(-1), {"mean_by_agent": by_agent.mean(0).tolist()}
-    return {"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "returns": returns.tolist()} | more
-
-
-def load_agent(path, env_id):
-    """The agent of a checkpoint, and the checkpoint. Raises UserError."""
+def load_team(path, env_id=None, num_envs=1):
+    """The team of a checkpoint, its world, the arguments it was trained with, and its step. Raises UserError."""
     checkpoint = load_checkpoint(path, env_id)
     args = Args(**checkpoint["args"])
-    world, cpu = make_world(args, 1, torch.device("cpu")), torch.Generator()
-    world.close()
-    agent = Agent(world, args.algorithm == "mappo", args.share_params, args.hidden_size, cpu)
-    agent.load_state_dict(checkpoint["agent"])
-    return agent, checkpoint
+    world = make_world(args, num_envs, torch.device("cpu"))
+    team = Team(world, args)
+    load_weights(team, checkpoint)
+    return team, world, args, checkpoint["global_step"]
 
 
-def run_episodes(args, agent, folder, name):
-    """Returns (K, G) of K episodes: all at once in a built-in world, else one by one."""
-    act = agent.frozen_policy()
-    if args.env_id in WORLDS:
-        world = make_world(args, args.eval_episodes, torch.device("cpu"))
-        view, returns, running = world.reset([args.seed]), torch.zeros(args.eval_episodes, world.num_agents), True
-        while running:
-            view, reward, _, over, _ = world.step(act(view))
-            returns, running = returns + reward, not over.any()  # they all end together
-        return returns
-    env = PettingZooEnv(args.env_id, args.env_kwargs, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    env, returns = recorded(env, folder, name) if args.capture_video else env, []
-    with contextlib.closing(env):
-        for episode in range(args.eval_episodes):
-            obs, done, total = env.reset(seed=args.seed if episode == 0 else None)[0], False, 0.0
-            while not done:
-                view = {key: torch.from_numpy(obs[key])[None] for key in ("obs", "legal")}
-                obs, _, terminated, truncated, _ = env.step(act(view)[0].numpy())
-                done, total = terminated or truncated, total + obs["reward"].astype(float)
+@torch.no_grad()
+def evaluate(args) -> dict:
+    """Run the checkpoint's policies without noise, on the CPU: episodes or, in self-play, games against random play, of
+    which every other one is begun. Returns mean, std and raw returns, summed over agents (games: won 1, drawn 1/2), and
+    the means by agent. Raises UserError."""
+    torch.set_num_threads(1)
+    team, world, trained, global_step = load_team(args.evaluate, args.env_id, args.eval_episodes)
+    if isinstance(world, ParallelEnv):
+        path = Path(args.evaluate)
+        folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{global_step}"
+        returns = run_episodes(args, trained, team, world, folder, name)  # (K, G)
+    elif args.capture_video:
+        raise UserError(f"{trained.env_id} is built in and draws nothing; --env-id mpe2.simple_spread_v3 does")
+    elif isinstance(world, SelfPlay):
+        generator = torch.Generator().manual_seed(args.seed)
+        returns = match(world.game, player(team), random_player(generator))[:, None]
+    else:
+        world.reset(torch.Generator().manual_seed(args.seed))
+        view, returns, over = world.view(), 0.0, torch.zeros(1)
+        while not over.any():  # they all end together
+            action = team.act(view["obs"], view["legal"], 0.0)
+            view, _, reward, _, over = world.step(0, action, world.noise(1)[0])
+            returns = returns + reward
+    total = returns.sum(-1)
+    result = {"mean": total.mean().item(), "std": total.std(correction=0).item(), "returns": total.tolist()}
+    return result | ({"mean_by_agent": returns.mean(0).tolist()} if team.G > 1 else {})
+
+
+def run_episodes(args, trained, team, env, folder, name):
+    """Returns (K, G) of K episodes of a PettingZoo environment. Raises RunFailed."""
+    returns = []
+    hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
+    with named_failures(lambda: f"episode {len(returns)}{hint}"):
+        if args.capture_video:
+            env = ParallelEnv(trained, render_mode="rgb_array")
+            env = gym.wrappers.RecordVideo(env, str(folder), lambda n: True, name_prefix=name, disable_logger=True)
+        while len(returns) < args.eval_episodes:
+            (view, _), over, total = env.reset(seed=None if returns else args.seed), False, 0.0
+            while not over:
+                obs, legal = (torch.from_numpy(view[key])[None] for key in ("obs", "legal"))
+                view, reward, _, over, _ = env.step(team.act(obs, legal, 0.0)[0].numpy())
+                total = total + reward.astype(float)
             returns.append(total)
+        env.close()
     return torch.tensor(np.array(returns))
 
 
-def play_opponent(args, agent):
-    """Scores (K,) of K games, in the first seat in every other one. The policy plays its likeliest move, but samples
-    where the opponent does not vary (another checkpoint, which samples too). Raises UserError."""
-    game = make_game(args.env_id, args.eval_episodes, torch.device("cpu"))
-    rng = torch.Generator().manual_seed(args.seed)
-    if args.opponent == "random":
-        return match(game, policy_player(agent), random_player(rng))
-    if re.fullmatch(r"mcts-[1-9]\d*", args.opponent):
-        return match(game, policy_player(agent), mcts_player(args.env_id, int(args.opponent[5:]), args.seed))
-    other, _ = load_agent(checkpoint_path(args.opponent), args.env_id)
-    return match(game, policy_player(agent, rng), policy_player(other, rng))
-
-
-def rate_pool(args, agent, checkpoint, folder):
-    """All snapshots and the policy itself against each other, --eval-episodes games a pair: mean scores of the policy
-    against each snapshot, and everyone's Elo rating; elo.png in the run folder."""
-    import matplotlib.figure  # slow, and of no use to training
-
-    rng = torch.Generator().manual_seed(args.seed)
-    game = make_game(args.env_id, args.eval_episodes, torch.device("cpu"))
-    steps, players = [x["global_step"] for x in checkpoint["pool"][1]], []
-    for snapshot in [x["policy"] for x in checkpoint["pool"][1]] + [agent.state_dict()]:
-        players.append(copy.deepcopy(agent))
-        players[-1].load_state_dict(snapshot, strict=False)
-    score = torch.full((len(players), len(players)), 0.5)
-    for i in range(len(players)):
-        for j in range(i):
-            score[i, j] = match(game, *(policy_player(players[k], rng) for k in (i, j))).mean()
-            score[j, i] = 1 - score[i, j]
-    steps, ratings = [*steps, checkpoint["global_step"]], elo(score, args.eval_episodes).tolist()
-    figure = matplotlib.figure.Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, ratings, marker="o")
-    axes.set(xlabel="learner moves", ylabel="Elo (first snapshot: 0)", title=f"{args.env_id}, {SCRIPT}")
-    figure.savefig(folder / "elo.png", dpi=120)
-    last = score[-1, :-1]
-    result = {"mean": last.mean().item(), "std": last.std(correction=0).item(), "returns": last.tolist()}
-    return result | {"global_step": steps, "elo": [round(x, 1) for x in ratings]}
-
-
-def recorded(env, folder, name):
-    """The environment, with a video of every episode written into the folder. Raises UserError if it cannot render."""
-    if not find_spec("moviepy"):
-        raise UserError("--capture-video needs the package: pip install moviepy==2.2.1")
+def cli(argv, default=None) -> Args:
+    """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
+    box = io.StringIO()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            env.reset()
-            env.render()
-    except Exception as error:
-        hint = "for MuJoCo without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-        raise UserError(f"cannot render {env.spec.id}: {first_line(error)} ({hint})") from error
-    return gym.wrappers.RecordVideo(env, str(folder), lambda episode: True, name_prefix=name, disable_logger=True)
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            sys.stdout.flush()
+            raise
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # title, message, rule, help
+        text = dropwhile(lambda line: not line.strip("─-"), lines)
+        raise UserError(" ".join(takewhile(lambda line: line.strip("─-"), text))) from None
 
 
-# ---- arguments and entry ---------------------------------------------------------------------------------------------
-
-THIS_PROCESS_ONLY = ("resume", "run_dir", "stop_at_step", "evaluate", "eval_episodes", "opponent", "capture_video")
+PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
+EVALUATION = {"evaluate", "eval_episodes", "capture_video"}
+SELFPLAY = {"latest_prob", "opening_plies", "snapshot_every", "pool_size"}
+TEAMS = {"share_params", "team_reward", "norm_obs", "critic_input"}  # nothing of this is left to choose in self-play
 
 
 def parse_args(argv=None) -> Args:
     """The command line's Args. Flags that are not given: PRESETS, or with --resume or --evaluate the checkpoint's."""
-    args = tyro.cli(Args, args=argv)
-    source = args.resume or args.evaluate
-    preset = PRESETS[args.algorithm] | {"compile": args.total_timesteps >= 200_000, "algorithm": args.algorithm}
-    stored = load_checkpoint(source)["args"] if source else preset
-    kept = {f.name for f in dataclasses.fields(Args)} - set(THIS_PROCESS_ONLY)
-    default = Args(**{key: value for key, value in stored.items() if key in kept})
-    return tyro.cli(Args, args=argv, default=default)
+    argv = sys.argv[1:] if argv is None else argv
+    args = cli(argv)
+    given = {x.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for x in argv if x.startswith("--")}
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    default = PRESETS[args.algorithm] | {"compile": args.total_timesteps >= 200_000 and compiler is not None}
+    if source := args.evaluate or args.resume:
+        known = vars(args).keys() - PROCESS_ONLY - EVALUATION
+        default = {key: x for key, x in load_checkpoint(source)["args"].items() if key in known}
+        if "algorithm" in given and args.algorithm != default["algorithm"]:
+            raise UserError(f"{source} is of --algorithm {default['algorithm']}, not of {args.algorithm}")
+    args = cli(argv, Args(**default | {"algorithm": default.get("algorithm", args.algorithm)}))
+    if args.evaluate:
+        useless, why = given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate"
+    else:
+        useless, why = given & EVALUATION, "goes with --evaluate"
+    idle = {
+        f"does nothing with --algorithm {args.algorithm}": TEAMS if args.algorithm == "selfplay" else SELFPLAY,
+        f"does nothing in {args.env_id}, which is built in": {"env_kwargs"} if args.env_id in WORLDS | GAMES else set(),
+        "goes with --algorithm mappo": {"critic_input"} if args.algorithm != "mappo" else set(),
+    }
+    for reason, flags in idle.items():
+        if not useless:
+            useless, why = given & flags, reason
+    for flag in useless:
+        raise UserError(f"--{flag.replace('_', '-')} {why}")
+    return args
 
 
 def check_args(args):
-    """Raise UserError for what cannot work, before anything is written."""
-    batch = args.num_envs * args.num_steps
-    positive = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "learning_rate"]
-    positive += ["clip_coef", "max_grad_norm", "hidden_size", "snapshot_every", "pool_size", "eval_episodes"]
-    rules = [(getattr(args, key) > 0, f"{key} must be positive") for key in positive]
-    rules += [(0 <= getattr(args, k) <= 1, f"{k} must lie in [0, 1]") for k in ("gamma", "gae_lambda", "latest_prob")]
-    too_short = f"total_timesteps = {args.total_timesteps} is shorter than one iteration of {batch} steps"
-    indivisible = f"num_envs * num_steps = {batch} does not divide into {args.num_minibatches} minibatches"
-    game, games = args.algorithm == "selfplay", ", ".join(GAMES)
-    no_game = f"--algorithm selfplay plays {games}; {args.env_id} is for mappo and ippo"
-    plies = GAMES[args.env_id].max_plies if args.env_id in GAMES else 0
-    too_few = f"num_steps must be at least {-(-plies // 2)}, or a game could outlive its opponent's copy"
-    rules += [
-        (args.num_minibatches < 1 or batch % args.num_minibatches == 0, indivisible),
-        (not args.norm_adv or batch > args.num_minibatches, "norm_adv needs minibatches of at least 2 samples"),
-        (args.total_timesteps >= batch, too_short),
-        (not game or args.env_id in GAMES, no_game),
-        (game or args.env_id not in GAMES, f"{args.env_id} is a game for --algorithm selfplay"),
-        (not game or 2 * args.num_steps >= plies, too_few),
-        (not args.capture_video, "capture_video goes with --evaluate"),
-        (not args.cuda or torch.cuda.is_available(), "cuda: torch finds no CUDA device here"),
-    ]
-    for holds, message in rules:
+    """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
+    lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0}
+    lowest |= {"latest_prob": 0, "opening_plies": 0}
+    highest = {"gamma": 1, "gae_lambda": 1, "latest_prob": 1, "clip_coef": math.inf}
+    for key, x in vars(args).items():
+        low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
+        if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
+            bounds = "positive" if low == sys.float_info.min else f"{low} or more"
+            raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
+    batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
+    moves = (GAMES[args.env_id].max_plies + 1) // 2 if args.env_id in GAMES else 0
+    try:
+        is_object = isinstance(json.loads(args.env_kwargs), dict)
+    except ValueError:
+        is_object = False
+    rules = {
+        f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
+        "--norm-adv needs minibatches of at least 2 samples": not args.norm_adv or batch > args.num_minibatches,
+        f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
+        f"--algorithm selfplay plays {games}; {args.env_id} is for mappo and ippo": not game or args.env_id in GAMES,
+        f"{args.env_id} is a game for --algorithm selfplay": game or args.env_id not in GAMES,
+        f"--num-steps must be at least {moves}, or a game could outlive its opponent": args.num_steps >= moves,
+        f"--env-kwargs {args.env_kwargs} is not a JSON object": is_object,
+        "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
+    }
+    for message, holds in rules.items():
         if not holds:
             raise UserError(message)
 
@@ -1567,19 +1650,28 @@ def check_args(args):
 def main(argv=None) -> int:
     try:
         args = parse_args(argv)
-        if args.evaluate:
-            print(json.dumps(evaluate(args)))
-            return 0
-        summary = train(args)
-    except UserError as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
-        return 2
-    except (RunFailed, OSError) as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps({key: x for key, x in summary.items() if key != "returns"}))
-    return 128 + summary["signal"] if summary["signal"] else 0
+        check_args(args)
+        result = evaluate(args) if args.evaluate else train(args)
+    except BrokenPipeError:
+        raise
+    except (UserError, RunFailed, OSError) as error:
+        say(error)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt as interrupt:
+        say("interrupted before the first iteration")
+        return 128 + (interrupt.args or [signal.SIGINT])[0]
+    if not args.evaluate:
+        run_dir = Path(result["checkpoint"]).parent
+        say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
+        say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
+        say(f"to plot:     tensorboard --logdir {run_dir}")
+        result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
+    print(json.dumps(result), flush=True)
+    return 128 + result["signal"] if result.get("signal") else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

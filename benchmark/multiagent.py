@@ -46,13 +46,18 @@ STUDIES = {  # name: flags, the steps at which the table reads the return
 }
 
 
-def script(*command):
-    """Run ppo_multiagent.py on one thread; its JSON line."""
-    command = [sys.executable, ROOT / "ppo_multiagent.py", *map(str, command)]
+def script(*command, name="ppo_multiagent.py"):
+    """Run the script on one thread; its JSON line."""
+    command = [sys.executable, ROOT / name, *map(str, command)]
     run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: {run.stderr}")
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def rated(*command):
+    """What benchmark/tournament.py says of a run."""
+    return script(*command, name="benchmark/tournament.py")
 
 
 def train(study, seed):
@@ -70,15 +75,13 @@ def train(study, seed):
     for stop in (2_000_000, None) if "selfplay" in study else (None,):
         go_on(*(["--stop-at-step", stop] if stop else []))
         if "selfplay" in study:
-            evaluate = lambda opponent, games: script(  # noqa: E731
-                "--evaluate", where, "--opponent", opponent, "--eval-episodes", games, "--seed", 100 + seed
-            )
-            pool = evaluate("pool", 100)
+            rate = lambda opponent, games: rated(where, opponent, "--games", games, "--seed", 100 + seed)  # noqa: E731
+            pool = rate("pool", 100)
             last = pool["global_step"][-1]
             early = [x for x, at in zip(pool["returns"], pool["global_step"]) if at <= 0.1 * last]
             scores[last] = {
-                "random": evaluate("random", 1000)["mean"],
-                "mcts-50": evaluate("mcts-50", 200)["mean"],
+                "random": rate("random", 1000)["mean"],
+                "mcts-50": rate("mcts-50", 200)["mean"],
                 "first tenth": statistics.mean(early),
                 "elo": pool["elo"],
                 "elo_steps": pool["global_step"],
@@ -97,7 +100,7 @@ def head_to_head(seed):
     a, b = (ROOT / "runs/multiagent" / f"{study}__{seed}" for study in ("selfplay", "selfplay_latest_only"))
     target = RESULTS / "selfplay" / f"{seed}_against_latest_only.json"
     if not target.exists():
-        target.write_text(json.dumps(script("--evaluate", a, "--opponent", b, "--eval-episodes", 400)["mean"]) + "\n")
+        target.write_text(json.dumps(rated(a, b, "--games", 400)["mean"]) + "\n")
 
 
 def return_at(path, step):

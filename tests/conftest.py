@@ -20,7 +20,7 @@ SCRIPTS = [
 ]
 TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", "ppo_klpen")]  # one agent each
 CONTRACT = [*TRAINING, "ppo_multiagent"]  # keep the contract of flags and run folders
-HOUSE = [name for name in CONTRACT if "class Actors" in (ROOT / f"{name}.py").read_text()]  # actors as processes
+HOUSE = [name for name in CONTRACT if "Actors:" in (ROOT / f"{name}.py").read_text()]  # actors as processes
 HOUSE = [name for name in HOUSE if "class Run:" in (ROOT / f"{name}.py").read_text()]
 
 

@@ -1,10 +1,9 @@
 """ppo_multiagent.py: its worlds against the packages they rebuild, its masks and critics, self-play and its pool."""
 
 import csv
+import itertools
 import json
-import math
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,34 +14,45 @@ import ppo_clip
 import ppo_multiagent as ma
 
 CPU = torch.device("cpu")
-COEF = dict(zip(ma.COEFFICIENTS, torch.tensor([1e-3, 0.2, 0.01, 0.5, 10.0])))
+COEF = {"learning_rate": 1e-3, "clip_coef": 0.2, "ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 10.0}
+COEF = {key: torch.tensor(x) for key, x in COEF.items()}
 
 
 class Space:
-    """As much of a world as an agent is made from."""
+    """As much of a world as a team is made from."""
 
     def __init__(self, num_agents=3, obs_dim=4, state_dim=6, action_space=None):
         self.num_agents, self.obs_dim, self.state_dim = num_agents, obs_dim, state_dim
         self.action_space = action_space or Discrete(5)
 
 
-def make_agent(world, centralised=True, share=True, seed=0):
-    return ma.Agent(world, centralised, share, 16, torch.Generator().manual_seed(seed))
+def make_team(world, algorithm="mappo", share=True, **more):
+    return ma.Team(world, ma.Args(algorithm=algorithm, share_params=share, hidden_size=16, **more))
 
 
-def make_batch(agent, world, B=32, last_layer=100):
-    """A batch at the agent's own (far from uniform) policy, with everyone alive and all actions legal."""
-    agent.actor.weights[-1].data *= last_layer
-    data = ma.empty_batch(agent, world, B)
-    for key in set(data) & {"obs", "state", "advantage", "return"}:
-        data[key].normal_()
-    data["alive"].fill_(1)
+def make_batch(team, world, B=32, last_layer=100):
+    """A batch at the team's own (far from uniform) policy, with everyone alive and all actions legal."""
+    team.actor.weights[-1].data *= last_layer
+    data = {key: torch.randn(B, team.G) for key in ("advantage", "return")}
+    data |= {"obs": torch.randn(B, team.G, world.obs_dim), "state": torch.randn(B, world.state_dim)}
+    data |= {"legal": torch.ones(B, team.G, team.action_dim, dtype=torch.bool), "alive": torch.ones(B, team.G)}
+    shape = (B, team.G) if team.discrete else (B, team.G, team.action_dim)
+    data["action"] = torch.randint(team.action_dim, shape) if team.discrete else torch.randn(shape)
     with torch.no_grad():
-        data["policy"].copy_(agent.policy(data["obs"], data["legal"]))
-        action = torch.randint(5, data["action"].shape) if agent.discrete else torch.randn_like(data["action"])
-        data["action"].copy_(action)
-        data["logprob"].copy_(agent.dist.log_prob(data["policy"], data["action"]) + 0.3 * torch.randn(B, agent.G))
+        data["old_policy"] = team.policy_parameters(data["obs"], data["legal"])
+        logprob = team.distribution(data["old_policy"]).log_prob(data["action"])
+    data["logprob"] = logprob + 0.3 * torch.randn(B, team.G)
     return data
+
+
+def collected(args, T, team=None):
+    """A first rollout of T steps in args' environments, its actors and its team."""
+    args.num_steps = T
+    world = ma.make_world(args, args.num_envs, CPU)
+    team = team or ma.Team(world, args)
+    actors = ma.TeamActors(args, world, team)
+    with actors:
+        return actors.collect(team, seed=(1, 0)), actors, team
 
 
 def train(tmp_path, *flags):
@@ -57,7 +67,6 @@ def test_simple_spread_equals_mpe2():
     import mpe2.simple_spread_v3
 
     rng, world = np.random.default_rng(0), ma.SimpleSpread(24, CPU)
-    assert not world.reset([0])["obs"].isnan().any()
     bumps = 0
     for n in range(24):
         env = mpe2.simple_spread_v3.parallel_env()
@@ -65,20 +74,20 @@ def test_simple_spread_equals_mpe2():
         inner = env.unwrapped.world
         for entity, x in zip([*inner.agents, *inner.landmarks], rng.uniform(-0.3, 0.3, (6, 2))):
             entity.state.p_pos = x
-        world.reset([n])
+        world.reset(torch.Generator().manual_seed(n))
+        assert world.view()["obs"].isfinite().all()
         world.position[n] = torch.tensor(np.array([a.state.p_pos for a in inner.agents]))
         world.landmark[n] = torch.tensor(np.array([e.state.p_pos for e in inner.landmarks]))
         for t in range(25):
             action = rng.integers(5, size=3)
             obs, reward, _, truncated, _ = env.step(dict(zip(env.possible_agents, map(int, action))))
-            view, ours, _, over, final = world.step(torch.tensor(action).expand(24, 3))
-            seen = final if t == 24 else view
+            view, seen, ours, terminated, over = world.step(t, torch.tensor(action).expand(24, 3), world.noise(1)[0])
             np.testing.assert_allclose(seen["obs"][n], np.stack(list(obs.values())), atol=1e-5)
             np.testing.assert_allclose(ours[n], list(reward.values()), atol=1e-5)
             np.testing.assert_allclose(seen["state"][n], np.concatenate(list(obs.values())), atol=1e-5)
             positions = np.array([a.state.p_pos for a in inner.agents])
             bumps += min(np.linalg.norm(positions[i] - positions[j]) for i, j in ((0, 1), (0, 2), (1, 2))) < 0.3
-            assert over.all() == all(truncated.values()) == (t == 24)
+            assert over.all() == all(truncated.values()) == (t == 24) and not terminated.any()
     assert bumps > 20
     assert not torch.allclose(view["obs"][n], seen["obs"][n])  # a new episode has begun
 
@@ -88,22 +97,24 @@ def test_connect_four_equals_open_spiel():
     import pyspiel
 
     N, plies, rng, game = 256, 0, torch.Generator().manual_seed(0), ma.ConnectFour(256, CPU)
-    everyone, spiel = torch.ones(N, dtype=torch.bool), pyspiel.load_game("connect_four")
-    game.start(everyone)
+    spiel, flipped = pyspiel.load_game("connect_four"), 0
     states, results = [spiel.new_initial_state() for _ in range(N)], {1: 0, 0: 0}
     while plies < 100_000:
-        view = game.view()
-        action = torch.multinomial(view["legal"][:, 0].float(), 1, generator=rng)[:, 0]
+        obs, legal = game.view()
+        action = torch.multinomial(legal.float(), 1, generator=rng)[:, 0]
+        column, legal = game.column(action).tolist(), legal.where(~game.flipped[:, None], legal.flip(1)).tolist()
+        flipped += int(game.flipped.sum())
         for n in range(0, N, 8):
-            stones = np.array(states[n].observation_tensor()).reshape(3, 6, 7)  # player 1's, player 0's, none; or so
-            mine = {str(stones[0]), str(stones[1])}
-            own, other = view["obs"][n, 0].reshape(2, 7, 6).transpose(1, 2).numpy().astype(float)
-            assert {str(own), str(other)} <= mine or {str(own), str(other)} <= {str(x) for x in stones}
-        legal = view["legal"][:, 0].tolist()
+            stones = {str(x) for x in np.array(states[n].observation_tensor()).reshape(3, 6, 7)}  # two players', none
+            seen = obs[n].reshape(3, 7, 6)
+            own, other, free = (seen.flip(1) if game.flipped[n] else seen).transpose(1, 2).numpy().astype(float)
+            height = (own + other).sum(0).astype(int)
+            assert (free.sum(0) == (height < 6)).all() and all(free[h, i] for i, h in enumerate(height) if h < 6)
+            assert {str(own), str(other)} <= stones
         for n, state in enumerate(states):
             assert [i for i, x in enumerate(legal[n]) if x] == state.legal_actions()
-            state.apply_action(int(action[n]))
-        score, over = game.play(action, everyone)
+            state.apply_action(column[n])
+        score, over = game.play(action)
         plies += N
         for n in range(N):
             assert over[n] == states[n].is_terminal()
@@ -112,74 +123,100 @@ def test_connect_four_equals_open_spiel():
                 assert score[n] == states[n].returns()[mover]
                 results[int(score[n])] += 1
                 states[n] = spiel.new_initial_state()
-        game.start(over)
+        game.restart(over)
+    assert 0.4 < flipped / plies < 0.6
     assert results[1] > 4000 and results[0] > 5
 
 
-def test_a_pettingzoo_world_row_by_row():
+def test_a_mirrored_position_looks_the_same_and_gets_the_mirrored_move():
+    left, right, rng = ma.ConnectFour(64, CPU), ma.ConnectFour(64, CPU), torch.Generator().manual_seed(0)
+    for _ in range(30):
+        (obs, legal), (obs2, legal2) = left.view(), right.view()
+        assert torch.equal(obs, obs2) and torch.equal(legal, legal2)
+        action = torch.multinomial(legal.float(), 1, generator=rng)[:, 0]
+        lopsided = (obs.view(64, 3, 7, 6).flip(2) != obs.view(64, 3, 7, 6)).flatten(1).any(1)
+        a, b = left.column(action), right.column(action)
+        b[~lopsided] = 6 - a[~lopsided]  # a symmetric board is its own mirror image: mirror the move by hand
+        assert torch.equal(a, 6 - b) and (lopsided.any() or _ == 0)
+        (score, over), (score2, over2) = left.play(left.column(a)), right.play(right.column(b))
+        assert torch.equal(score, score2) and torch.equal(over, over2)
+        left.restart(over), right.restart(over)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pettingzoo_world_row_by_row(num_workers):
     """Who is alive, padding, masks, rewards, and what is seen last, of agents that die before the others."""
-    args = ma.Args(env_id="toy_parallel.mortals", num_envs=2)
-    team = ma.Team(ma.make_world(args, 2, CPU))
-    agent = ma.Agent(team.world, True, True, 16, torch.Generator().manual_seed(0))
-    assert (team.world.num_agents, team.world.obs_dim, team.world.state_dim) == (3, 4, 3)
-    team.reset((1, 0))
-    r = team.collect(agent, 12, torch.Generator().manual_seed(1))
+    args = ma.Args(env_id="toy_parallel.mortals", num_envs=2, num_workers=num_workers)
+    r, actors, team = collected(args, 12)
+    assert (team.G, r["obs"].shape[-1], r["state"].shape[-1]) == (3, 4, 3)
     step = np.tile(np.arange(5), 3)[:12]
     episode = np.repeat(np.arange(3), 5)[:12]
     for n in range(2):
-        np.testing.assert_allclose(r["state"][:12, n], np.stack([np.full(12, 7), episode, step], 1))
+        np.testing.assert_allclose(r["state"][:, n], np.stack([np.full(12, 7), episode, step], 1))
+        np.testing.assert_allclose(r["next_state"][:, n], np.stack([np.full(12, 7), episode, step + 1], 1))
         assert r["alive"][:, n, 1].tolist() == (step < 3).tolist() and r["alive"][:, n, [0, 2]].all()
-        np.testing.assert_allclose(r["obs"][:12, n, 2, :2], np.stack([episode, step], 1) / 100, rtol=1e-6)
-        assert (
-            not r["obs"][:12, n, 0, 2:].any() and not r["legal"][:, n, 0, 3].any() and not r["legal"][:, n, 1, 2:].any()
-        )
+        np.testing.assert_allclose(r["obs"][:, n, 2, :2], np.stack([episode, step], 1) / 100, rtol=1e-6)
+        np.testing.assert_allclose(r["next_obs"][:, n, 2, :2], np.stack([episode, step + 1], 1) / 100, rtol=1e-6)
+        assert not r["obs"][:, n, 0, 2:].any() and not r["legal"][:, n, 0, 3].any()
+        assert not r["legal"][:, n, 1, 2:].any()
         assert r["legal"][:, n, 1, 0].tolist() == [not (a and t == 0) for a, t in zip(step < 3, step)]
         np.testing.assert_allclose(r["reward"][:, n], np.stack([np.ones(12), 10 * (step < 3), np.full(12, 100)], 1))
-        over = (step == 4) & (episode % 2 == 1)
-        assert r["terminated"][:, n, 0].tolist() == over.astype(float).tolist()
+        assert r["terminated"][:, n, 0].tolist() == ((step == 4) & (episode % 2 == 1)).astype(float).tolist()
         assert r["terminated"][:, n, 1].tolist() == ((step == 2) * 1.0).tolist()
-        assert r["done"][:, n, 0].tolist() == ((step == 4) * 1.0).tolist()
-        assert [t for t, k in r["final_index"].tolist() if k == n] == [4, 9]
-    np.testing.assert_allclose(r["final_obs"][:, 0, :2], [[0, 0.05]] * 2 + [[0.01, 0.05]] * 2, rtol=1e-6)
-    np.testing.assert_allclose(r["final_state"], [[7, 0, 5]] * 2 + [[7, 1, 5]] * 2)
-    assert team.statistics()["episodic_return"] == 5 + 30 + 500 and team.episodes == 4
-    assert list(team.statistics_by_agent().values()) == [5, 30, 500]
+        assert r["done"][:, n, 0].tolist() == r["over"][:, n].tolist() == ((step == 4) * 1.0).tolist()
+    assert actors.statistics() == {"episodes": 4, "episodic_return": 5 + 30 + 500, "episodic_length": 5}
+    assert actors.running.tolist() == [[2, 20, 200, 2]] * 2  # the third episode is in flight
+    assert list(actors.by_agent().values()) == [5, 30, 500]
 
 
-def test_advantages_bootstrap_from_what_was_seen_before_the_reset():
-    """Against the double sum over k of (gamma lambda)^k delta_{t+k}, agent by agent."""
-    args = ma.Args(env_id="toy_parallel.mortals")
-    team = ma.Team(ma.make_world(args, 2, CPU))
-    agent, gamma, lam, T = make_agent(team.world, share=False), 0.9, 0.8, 12
-    team.reset((1, 0))
-    r = team.collect(agent, T, torch.Generator().manual_seed(1))
-    agent.update_normalisers(r, r["reward"], True)
-    data = ma.empty_batch(agent, team.world, T * 2)
-    returns = ma.prepare_batch(data, agent, r, gamma, lam, "none")
-    mean, std = agent.value_scale()
-    value = lambda obs, state: mean + std * agent.value(*agent.normalized(obs, state)).detach()  # noqa: E731
-    v, final = value(r["obs"], r["state"]), value(r["final_obs"], r["final_state"])
-    after = {tuple(i): final[k] for k, i in enumerate(r["final_index"].tolist())}
-    advantage = data["advantage"].view(T, 2, 3)
+def test_an_agent_that_is_truncated_alone_is_done():
+    """It leaves at step 3 of 5 without having terminated: its last value is bootstrapped, and the rows in which it is
+    no longer there are no part of its advantages."""
+    args = ma.Args(env_id="toy_parallel.leavers", num_envs=2, num_workers=0, gamma=0.9, gae_lambda=0.8)
+    r, _, team = collected(args, 10)
+    step = np.tile(np.arange(5), 2)
     for n in range(2):
-        for g in range(3):
-            for t in range(T):
-                expected, k = 0.0, t
-                while True:
-                    following = after.get((k, n), v[k + 1, n])[g] * (1 - r["terminated"][k, n, g])
-                    delta = r["reward"][k, n, g] + gamma * following - v[k, n, g]
-                    expected += (gamma * lam) ** (k - t) * delta
-                    if r["done"][k, n, g] or k == T - 1:
-                        break
-                    k += 1
-                if r["alive"][t, n, g]:
-                    assert advantage[t, n, g].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
-    torch.testing.assert_close(returns, advantage + v[:-1])
-    team_returns = ma.prepare_batch(data, agent, r, 0.0, 0.0, "sum")
-    torch.testing.assert_close(team_returns, r["reward"].sum(-1, True).expand_as(team_returns), rtol=1e-4, atol=1e-4)
+        assert r["alive"][:, n, 1].tolist() == (step < 3).tolist() and not r["terminated"][:, n].any()
+        assert [r["done"][t, n, 1].item() for t in (2, 7)] == [1, 1]
+        assert r["done"][:, n, 0].tolist() == ((step == 4) * 1.0).tolist()
+    team.update_statistics(r, r["reward"])  # values that are not all but 0
+    check_advantages(args, r, team)
 
 
-TAG = ["--env-kwargs", '{"continuous_actions": true}', "--team-reward", "none", "--vectorization", "async"]
+def check_advantages(args, r, team):
+    """Against the double sum over k of (gamma lambda)^k delta_{t+k}, agent by agent, while the agent is there."""
+    batch, returns = ma.make_team_batch(team, r, args)
+    (T, N, G), (mean, std) = r["reward"].shape, team.value_scale()
+    reward = r["reward"].sum(-1, True).expand(T, N, G) if args.team_reward == "sum" else r["reward"]
+
+    def value(prefix):
+        obs, state = team.scaled_obs(r[f"{prefix}obs"]), team.scaled_state(r[f"{prefix}state"])
+        return mean + std * team.value(obs, state, r["action"]).detach()
+
+    v, following, advantage = value(""), value("next_"), batch["advantage"].view(T, N, G)
+    for n, g, t in itertools.product(range(N), range(G), range(T)):
+        expected, k, there = 0.0, t, True
+        while there and k < T:
+            successor = following[k, n, g] * (1 - r["terminated"][k, n, g])
+            delta = reward[k, n, g] + args.gamma * successor - v[k, n, g]
+            expected += (args.gamma * args.gae_lambda) ** (k - t) * delta
+            there = not (r["terminated"][k, n, g] or r["over"][k, n] or not r["next_alive"][k, n, g])
+            k += 1
+        if r["alive"][t, n, g]:
+            assert advantage[t, n, g].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+    torch.testing.assert_close(returns, advantage + v)
+
+
+@pytest.mark.parametrize("team_reward", ["sum", "none"])
+def test_advantages_bootstrap_from_what_was_seen_before_the_reset(team_reward):
+    more = {"share_params": False, "gamma": 0.9, "gae_lambda": 0.8, "team_reward": team_reward, "num_workers": 0}
+    args = ma.Args(env_id="toy_parallel.mortals", num_envs=2, **more)
+    r, _, team = collected(args, 12)
+    team.update_statistics(r, r["reward"])
+    check_advantages(args, r, team)
+
+
+TAG = ["--env-kwargs", '{"continuous_actions": true}', "--team-reward", "none", "--num-workers", "2"]
 REAL = [("mpe2.simple_speaker_listener_v4", ["--no-share-params"]), ("mpe2.simple_tag_v3", TAG)]
 
 
@@ -197,10 +234,10 @@ def test_real_pettingzoo_environments_train_and_resume(env, flags, tmp_path, cap
 
 
 def test_minus_one_to_one_is_the_whole_range_of_a_box(tmp_path):
-    env = ma.PettingZooEnv("toy_parallel.thrusters", "{}")
+    env = ma.ParallelEnv(ma.Args(env_id="toy_parallel.thrusters"))
     env.reset(seed=0)
     for action, reward in ((0.0, 0), (1.0, -2), (-0.5, -1), (9.0, -2)):
-        assert env.step(np.array([[action]]))[0]["reward"] == pytest.approx([reward])
+        assert env.step(np.array([[action]], np.float32))[1] == pytest.approx([reward])
 
 
 # ---- critics, masks, learners ----------------------------------------------------------------------------------------
@@ -220,51 +257,157 @@ def test_one_agent_that_sees_everything_makes_mappo_ippo(tmp_path):
 def test_one_agents_loss_is_ppo_clips(space):
     """The same loss, metrics and gradient as ppo_clip.ppo_loss on the same networks and batch."""
     world = Space(1, 4, 4, space)
-    agent = make_agent(world, centralised=False)
-    data = make_batch(agent, world)
-
-    class Row(NamedTuple):  # a row of the tensor that describes a policy, with torch.distributions' methods
-        policy: torch.Tensor
-
-        def log_prob(self, action):
-            return agent.dist.log_prob(self.policy, action)
-
-        def entropy(self):
-            return agent.dist.entropy(self.policy)
+    team = make_team(world, "ippo")
+    data = make_batch(team, world)
 
     class Single:
         def policy(self, obs):
-            return Row(agent.policy(obs[:, None], torch.ones(len(obs), 1, agent.action_dim, dtype=torch.bool))[:, 0])
+            legal = torch.ones(len(obs), 1, team.action_dim, dtype=torch.bool)
+            return team.distribution(team.policy_parameters(obs[:, None], legal)[:, 0])
 
         def value(self, obs):
-            return agent.value(obs[:, None], None)[:, 0]
+            return team.value(obs[:, None], None, None)[:, 0]
 
     single = {key: x[:, 0] for key, x in data.items()}
-    ours, our_metrics = ma.multiagent_loss(agent, data, COEF, True)
-    theirs, logged = ppo_clip.ppo_loss(Single(), single, COEF, True)
-    their_metrics = torch.stack([*logged.values()]).detach()
+    ours, our_metrics = ma.team_loss(team, data, COEF, True)
+    theirs, their_metrics = ppo_clip.ppo_loss(Single(), single, COEF, True)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(our_metrics, their_metrics)
-    assert our_metrics[4] > 0  # some ratios are clipped
-    for a, b in zip(*(torch.autograd.grad(x, list(agent.parameters())) for x in (ours, theirs))):
+    assert list(our_metrics) == list(their_metrics)
+    torch.testing.assert_close(torch.stack([*our_metrics.values()]), torch.stack([*their_metrics.values()]))
+    assert our_metrics["clipfrac"] > 0
+    for a, b in zip(*(torch.autograd.grad(x, list(team.parameters())) for x in (ours, theirs))):
         torch.testing.assert_close(a, b)
+
+
+def test_one_agents_update_is_ppo_clips():
+    """Gradient clipping and Adam, too."""
+    world = Space(1)
+    team = make_team(world, "ippo")
+    data, coef = make_batch(team, world), COEF | {"max_grad_norm": torch.tensor(0.01)}
+    state = ma.initial_state(team, 6)
+    new = ma.update_team(team, state, data, coef, True)
+    team.policy, team.value = (
+        (lambda obs, f=team.policy: f(obs, data["legal"])),
+        (lambda obs, f=team.value: f(obs, None, None)),
+    )
+    theirs = ppo_clip.update(team, state, data, coef, True)
+    for key in ("parameters", "m", "v", "t", "sums"):
+        torch.testing.assert_close(new[key], theirs[key], rtol=1e-4, atol=1e-7)
 
 
 def test_separate_learners_are_three_single_ones():
     """Without shared parameters the gradient for agent g is that of an agent alone with g's rows."""
     world, one = Space(), Space(1)
-    agent = make_agent(world, centralised=False, share=False)
-    data = make_batch(agent, world)
+    team = make_team(world, "ippo", share=False)
+    data = make_batch(team, world)
     data["alive"][:7, 1] = 0
-    gradient = torch.autograd.grad(ma.multiagent_loss(agent, data, COEF, True)[0], list(agent.parameters()))
+    gradient = torch.autograd.grad(ma.team_loss(team, data, COEF, True)[0], list(team.parameters()))
     for g in range(3):
-        alone = make_agent(one, centralised=False)
-        for p, q in zip(alone.parameters(), agent.parameters(), strict=True):
+        alone = make_team(one, "ippo")
+        for p, q in zip(alone.parameters(), team.parameters(), strict=True):
             p.data.copy_(q[g : g + 1])
         rows = {key: x[:, g : g + 1] for key, x in data.items()}
-        loss = ma.multiagent_loss(alone, rows, COEF, True)[0]
+        loss = ma.team_loss(alone, rows, COEF, True)[0]
         for a, b in zip(torch.autograd.grad(loss, list(alone.parameters())), gradient, strict=True):
             torch.testing.assert_close(a, b[g : g + 1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_learners_step_does_not_depend_on_anothers_gradient():
+    """Agent 1's returns times 100: agent 0's clipped gradient is the same."""
+    world, moments = Space(), []
+    coef = COEF | {"max_grad_norm": torch.tensor(0.5)}
+    for scale in (1, 100):
+        torch.manual_seed(0)
+        team = make_team(world, "ippo", share=False)
+        data = make_batch(team, world)
+        data["return"][:, 1] *= scale
+        m = ma.update_team(team, ma.initial_state(team, 6), data, coef, True)["m"]
+        moments.append([x.flatten(1) for x in ma.named_parts(team, m).values()])
+    for a, b in zip(*moments):
+        torch.testing.assert_close(a[[0, 2]], b[[0, 2]])
+    first, scaled = (10 * torch.stack([x.square().sum(1) for x in parts]).sum(0).sqrt() for parts in moments)
+    assert scaled[1].item() == pytest.approx(0.5, rel=1e-4)  # of the gradient: m is a tenth of it
+    assert scaled[0].item() == pytest.approx(first[0].item(), rel=1e-4)
+
+
+# ---- a critic that sees the others' actions --------------------------------------------------------------------------
+
+
+def gradients_of_a_matrix_game(team, payoff, args):
+    """The gradient of each agent's expected payoff, by differentiation, and the expectation of the policy gradient with
+    make_team_batch's advantages over all joint actions, weighted by their probabilities."""
+    joint = torch.tensor(list(itertools.product(range(3), repeat=2)))  # (9, 2)
+    world = Space(2, 1, 2, Discrete(3))
+    r = ma.empty_rollout(team, world, 1, 9)
+    for key in r:
+        r[key] += key.split("_")[-1] in ("obs", "state", "legal", "alive", "terminated", "done", "over")
+    r["action"][0], r["reward"][0] = joint, payoff[joint[:, 0], joint[:, 1], None].expand(9, 2)
+    advantage = ma.make_team_batch(team, r, args)[0]["advantage"]  # (9, 2)
+    legal = torch.ones(9, 2, 3, dtype=torch.bool)
+    logprob = team.policy(torch.ones(9, 2, 1), legal).log_prob(joint)  # (9, 2)
+    probability = logprob.sum(-1).exp()
+    parameters = list(team.actor.parameters())
+    exact, estimated = [], []
+    for g in range(2):  # with separate networks each agent's parameters are a slice
+        terms = (
+            (probability * payoff[joint[:, 0], joint[:, 1]]).sum(),
+            (probability.detach() * advantage[:, g]) @ logprob[:, g],
+        )
+        for gradients, term in zip((exact, estimated), terms):
+            parts = torch.autograd.grad(term, parameters, retain_graph=True)
+            gradients.append(torch.cat([x[g].flatten() for x in parts]))
+    return torch.stack(exact), torch.stack(estimated)
+
+
+def test_a_critic_of_the_others_actions_does_not_bias_the_gradient(monkeypatch):
+    """By brute force over all joint actions. With its own action among its inputs, the same critic does."""
+    more = {"critic_input": "state-actions", "norm_obs": False}
+    team = make_team(Space(2, 1, 2, Discrete(3)), share=False, **more)
+    team.actor.weights[-1].data *= 200  # far from uniform
+    team.critic.weights[-1].data *= 10
+    args, payoff = ma.Args(team_reward="none", gae_lambda=1.0, **more), torch.randn(3, 3)
+    exact, estimated = gradients_of_a_matrix_game(team, payoff, args)
+    torch.testing.assert_close(estimated, exact, rtol=1e-4, atol=1e-6)
+    others = ma.Team.actions_of_others
+    values = {
+        tuple(x.tolist()) for x in team.value(torch.ones(9, 2, 1), torch.ones(9, 2), torch.arange(18).view(9, 2) % 3)
+    }
+    assert len(values) > 1, "a constant baseline shows nothing"
+
+    def all_actions(self, action):
+        return (others(self, action) + torch.nn.functional.one_hot(action, 3).flatten(-2).unsqueeze(-2)).clamp(max=1)
+
+    monkeypatch.setattr(ma.Team, "actions_of_others", all_actions)
+    _, biased = gradients_of_a_matrix_game(team, payoff, args)
+    assert (biased - exact).norm() > 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("space", [Discrete(5), Box(-1, 1, (2,))])
+def test_nobodys_own_action_reaches_its_critic(space):
+    world = Space(action_space=space)
+    team = make_team(world, critic_input="state-actions")
+    obs, state, shape = torch.randn(8, 3, 4), torch.randn(8, 6), (8, 3) if team.discrete else (8, 3, 2)
+    action = torch.randint(4, shape) if team.discrete else torch.rand(shape) - 0.5
+    before = team.value(obs, state, action)
+    for g in range(3):
+        other = action.clone()
+        other[:, g] += 1 if team.discrete else 0.3
+        changed = team.value(obs, state, other) != before
+        assert not changed[:, g].any() and changed[:, [h for h in range(3) if h != g]].all()
+
+
+def test_what_the_others_do_next_is_what_they_did():
+    """V(s', a'^-g) is of the actions that came next, and of a fresh sample where an episode or the rollout ended."""
+    args = ma.Args(env_id="toy_parallel.mortals", num_envs=4, num_workers=0, critic_input="state-actions")
+    r, _, team = collected(args, 12)
+    seen = []
+    team.value = lambda obs, state, action: seen.append(action) or torch.zeros(action.shape)
+    ma.make_team_batch(team, r, args)
+    torch.testing.assert_close(seen[0], r["action"])
+    inside = r["over"][:-1] == 0
+    assert torch.equal(seen[1][:-1][inside], r["action"][1:][inside])
+    legal = r["next_legal"].gather(-1, seen[1].unsqueeze(-1))[..., 0]
+    assert legal[r["next_alive"] > 0].all()
 
 
 @pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
@@ -288,131 +431,162 @@ def test_the_best_joint_action_is_found(algorithm, share, tmp_path):
 
 def test_permuted_agents_permute_outputs():
     world, order = Space(), [2, 0, 1]
-    agent, obs = make_agent(world), torch.randn(10, 3, 4)
+    team, obs = make_team(world), torch.randn(10, 3, 4)
     legal = torch.ones(10, 3, 5, dtype=torch.bool)
-    assert not torch.allclose(agent.policy(obs[:, order], legal), agent.policy(obs, legal)[:, order])  # ids tell
-    for net in (agent.actor, agent.critic):
+    policy = lambda obs: team.policy_parameters(obs, legal)  # noqa: E731
+    assert not torch.allclose(policy(obs[:, order]), policy(obs)[:, order])  # ids tell
+    for net in (team.actor, team.critic):
         net.weights[0].data[:, -3:] = net.weights[0].data[:, -3:-2]  # one identity for all
-    torch.testing.assert_close(agent.policy(obs[:, order], legal), agent.policy(obs, legal)[:, order])
-    decentral = make_agent(world, centralised=False)
+    torch.testing.assert_close(policy(obs[:, order]), policy(obs)[:, order])
+    decentral = make_team(world, "ippo")
     decentral.critic.weights[0].data[:, -3:] = 0
-    torch.testing.assert_close(decentral.value(obs[:, order], None), decentral.value(obs, None)[:, order])
+    torch.testing.assert_close(decentral.value(obs[:, order], None, None), decentral.value(obs, None, None)[:, order])
 
 
 def test_padded_actions_have_no_probability_and_no_gradient():
     world = Space()
-    agent = make_agent(world, share=False)
-    data = make_batch(agent, world)
+    team = make_team(world, share=False)
+    data = make_batch(team, world)
     data["legal"][:, 0, 3:] = False
     data["action"].clamp_(max=2)
-    policy = agent.policy(data["obs"], data["legal"])
-    assert (policy[:, 0, 3:].exp() == 0).all() and agent.dist.entropy(policy).isfinite().all()
-    torch.testing.assert_close(policy.exp().sum(-1), torch.ones(32, 3))
-    loss = ma.multiagent_loss(agent, data, COEF, True)[0]
-    weight, bias = torch.autograd.grad(loss, [agent.actor.weights[-1], agent.actor.biases[-1]])
+    policy = team.policy(data["obs"], data["legal"])
+    assert (policy.probs[:, 0, 3:] == 0).all() and policy.entropy().isfinite().all()
+    torch.testing.assert_close(policy.probs.sum(-1), torch.ones(32, 3))
+    loss = ma.team_loss(team, data, COEF, True)[0]
+    weight, bias = torch.autograd.grad(loss, [team.actor.weights[-1], team.actor.biases[-1]])
     assert not weight[0, :, 3:].any() and not bias[0, :, 3:].any()
     assert weight[0, :, :3].any() and weight[1, :, 3:].any()
+    action = team.act(data["obs"], data["legal"], team.noise(32))
+    assert (action[:, 0] < 3).all() and (action[:, 1:] >= 3).any()
 
 
 def test_padded_action_dimensions_have_no_entropy_and_no_gradient():
     world = Space(action_space=Box(-1, 1, (3,)))
-    agent = make_agent(world, share=False)
-    data = make_batch(agent, world)
+    team = make_team(world, share=False)
+    data = make_batch(team, world)
     data["legal"][:, 0, 2] = False
-    policy = agent.policy(data["obs"], data["legal"])
-    assert agent.dist.entropy(policy)[0].tolist() == pytest.approx([2 * 1.4189385, 3 * 1.4189385, 3 * 1.4189385])
-    loss = ma.multiagent_loss(agent, data, COEF, True)[0]
-    log_std, weight = torch.autograd.grad(loss, [agent.log_std, agent.actor.weights[-1]])
+    entropy = team.policy(data["obs"], data["legal"]).entropy()
+    assert entropy[0].tolist() == pytest.approx([2 * 1.4189385, 3 * 1.4189385, 3 * 1.4189385])
+    loss = ma.team_loss(team, data, COEF, True)[0]
+    log_std, weight = torch.autograd.grad(loss, [team.log_std, team.actor.weights[-1]])
     assert log_std[0, 2] == 0 and not weight[0, :, 2].any() and log_std[0, :2].all() and log_std[1].all()
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_the_dead_do_not_count(share):
     world = Space()
-    agent = make_agent(world, share=share)
-    data = make_batch(agent, world)
+    team = make_team(world, share=share)
+    data = make_batch(team, world)
     data["alive"][10:20, 1] = 0
-    before = ma.multiagent_loss(agent, data, COEF, True)
+    before, logged = ma.team_loss(team, data, COEF, True)
     for key in ("obs", "logprob", "advantage", "return"):
         data[key][10:20, 1] = 1e3 * torch.randn_like(data[key][10:20, 1])
-    after = ma.multiagent_loss(agent, data, COEF, True)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    after, logged2 = ma.team_loss(team, data, COEF, True)
+    assert torch.equal(before, after) and all(torch.equal(x, logged2[key]) for key, x in logged.items())
     data["alive"][:, 1] = 0  # nobody there at all: still a number
-    assert ma.multiagent_loss(agent, data, COEF, True)[0].isfinite()
+    assert ma.team_loss(team, data, COEF, True)[0].isfinite()
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_rescaled_returns_leave_every_value_as_it_was(share):
     world = Space()
-    agent = make_agent(world, share=share)
+    team = make_team(world, share=share, norm_obs=False)
     obs, state = torch.randn(20, 3, 4), torch.randn(20, 6)
-    values = lambda: (lambda mean, std: mean + std * agent.value(obs, state))(*agent.value_scale())  # noqa: E731
-    rollout = {"alive": torch.ones(20, 5, 3), "obs": torch.randn(21, 5, 3, 4), "state": torch.randn(21, 5, 6)}
+    values = lambda: (lambda mean, std: mean + std * team.value(obs, state, None))(*team.value_scale())  # noqa: E731
+    rollout = {"alive": torch.ones(20, 5, 3), "obs": torch.randn(20, 5, 3, 4), "state": torch.randn(20, 5, 6)}
     for scale in (1, 100, 0.1):
         before = values()
-        agent.update_normalisers(rollout, scale * torch.randn(20, 5, 3) - 30 * scale, False)
+        team.update_statistics(rollout, scale * torch.randn(20, 5, 3) - 30 * scale)
         torch.testing.assert_close(values(), before, rtol=1e-4, atol=1e-3)
-    assert agent.value_scale()[1].min() > 10 and (agent.obs_rms[0].count, agent.state_rms.count) == (0, 0)
+    assert team.value_scale()[1].min() > 10 and not team.obs_rms and not team.state_rms
 
 
 # ---- self-play -------------------------------------------------------------------------------------------------------
 
 
 class Referee(ma.ConnectFour):
-    """Connect Four that counts plies and does not let an illegal one pass."""
+    """Connect Four that counts plies, lets no illegal one pass, and tells on which boards a game begins."""
 
     plies = 0
 
-    def play(self, action, where):
-        legal = self.view()["legal"][:, 0]
-        assert legal[torch.arange(self.num_envs), action][where].all()
-        Referee.plies += int(where.sum())
-        return super().play(action, where)
+    def play(self, action):
+        assert self.view()[1].gather(1, action[:, None]).all()
+        Referee.plies += len(action)
+        return super().play(action)
+
+    def restart(self, where):
+        self.begun(where)
+        super().restart(where)
+
+
+def self_play(game, latest_prob=0.5, **more):
+    args = ma.Args(algorithm="selfplay", latest_prob=latest_prob, hidden_size=16, norm_obs=False, **more)
+    world = ma.SelfPlay(game, args)
+    team = ma.Team(world, args)
+    world.team = team
+    return world, team, ma.Pool(args)
 
 
 def test_no_illegal_move_and_no_opponent_that_changes(monkeypatch):
     """100 000 plies between a sharp policy and its pool: all legal; a game is finished by the policy that began it."""
-    world = ma.SelfPlay(Referee(128, CPU), 0.5)
-    agent, pool = make_agent(world, centralised=False), ma.Pool(1, 8, "uniform")
-    agent.actor.weights[-1].data *= 50
-    team, rng, opponent, iteration = ma.Team(world), torch.Generator().manual_seed(0), [None] * 128, 0
-    probe = {"obs": torch.randn(64, 1, 84), "legal": torch.ones(64, 1, 7, dtype=torch.bool)}
-    seats = []
+    world, team, pool = self_play(Referee(128, CPU), snapshot_every=1, pool_size=8)
+    team.actor.weights[-1].data *= 50
+    iteration, owner, hands, seats, changed = 0, torch.zeros(128, dtype=torch.long), [], [], 0
+    world.game.begun = lambda where: owner.masked_fill_(where, iteration)
+
+    def checked_move(t, noise, original=world.opponents_move):
+        nonlocal changed
+        (obs, legal), action = world.game.view(), original(t, noise)
+        for n in range(64, 128, 7):
+            net, k = hands[owner[n]], n % 4
+            logits = ma.StackedMLP.forward(net, obs[n].expand(1, 4, -1))[0, k].masked_fill(~legal[n], -1e8)
+            assert action[n] == (logits + noise[n]).argmax(), "another opponent than the one that began the game"
+            changed += bool(owner[n] < iteration)
+        assert torch.equal(action[:64], team.act(obs[:64, None], legal[:64, None], noise[:64, None])[:, 0])
+        return action
+
+    world.opponents_move = checked_move
     while Referee.plies < 100_000:
-        pool.add(agent, iteration)
-        world.deal(agent, pool.draw(world.HAND, rng))
+        pool.add(team, ma.ConnectFour(2, CPU), iteration)
+        world.deal(pool.draw(world.HAND))
+        hands.append(ma.copy.deepcopy(world.hand))
         if iteration == 0:
-            team.reset((1, 0))
-        team.view, steps = team.view, []
-        for _ in range(21):
-            now = [world.policies[int(k)] for k in world.slot]
-            before = {id(p): p(probe) for p in set(now)}
-            team.view, reward, _, over, _ = world.step(agent.frozen_policy()(team.view, agent.noise(128, rng=rng)))
-            assert not agent.state_rms.count and all(torch.equal(before[id(p)], p(probe)) for p in set(now))
-            for n in range(128):
-                assert opponent[n] in (None, now[n]), "the opponent changed during a game"
-                opponent[n] = None if over[n] else now[n]
-            seats.append(team.view["obs"][over].sum((1, 2)))
-            steps.append(over)
-        for p in agent.parameters():  # training goes on: what was frozen must not move
+            world.reset(torch.Generator())
+        for t in range(24):
+            view = world.view()
+            action = team.act(view["obs"], view["legal"], team.noise(128))
+            view, _, _, _, over = world.step(t, action, world.noise(1)[0])
+            seats.append(view["obs"][over > 0][:, 0, :84].sum(1))
+        for p in team.parameters():  # training goes on: what was frozen must not move
             p.data += 0.01 * torch.randn_like(p)
         iteration += 1
     first = torch.cat(seats) == 0  # an empty board: the learner has the first move
-    assert 0.4 < first.float().mean() < 0.6 and len(pool.snapshots) <= 8
+    assert 0.4 < first.float().mean() < 0.6 and len(pool.snapshots) <= 8 and changed > 100
 
 
 def test_the_learners_reward_may_come_from_the_opponents_ply():
-    """An opponent that always drops into the column of its longest line wins; the learner is told -1."""
-    world = ma.SelfPlay(ma.ConnectFour(64, CPU), 1.0)
-    agent = make_agent(world, centralised=False)
-    world.deal(agent, [])
-    world.policies[world.hand] = lambda view, noise: torch.full((len(view["obs"]), 1), 3)  # column 3, again and again
-    view, total = world.reset([0]), torch.zeros(64)
+    """An opponent that always drops into the same column wins; the learner is told -1, and begins the next game."""
+    world, team, _ = self_play(ma.ConnectFour(64, CPU), 1.0)
+    world.opponents_move = lambda t, noise: world.game.column(torch.full((64,), 3))
+    world.reset(torch.Generator())
     for t in range(4):
-        view, reward, terminated, over, final = world.step(torch.full((64, 1), t % 2))
-        total += reward[:, 0]
-        assert final is None and torch.equal(over, terminated[:, 0])
-    assert (total == -1).all()
+        world.view()
+        action = world.game.column(torch.full((64,), t % 2))
+        view, successor, reward, terminated, over = world.step(t, action[:, None], world.noise(1)[0])
+        assert torch.equal(over, terminated[:, 0]) and over.all() == (t == 3)
+    assert (reward == -1).all() and not view["obs"][..., :84].any()
+
+
+def test_who_lost_begins():
+    """The learner builds a column of four and wins: the next board that it sees has the opponent's first stone."""
+    world, team, _ = self_play(ma.ConnectFour(64, CPU), 1.0)
+    world.opponents_move = lambda t, noise: world.game.column(torch.full((64,), t % 2))
+    world.reset(torch.Generator())
+    for t in range(4):
+        world.view()
+        view, _, reward, _, over = world.step(t, world.game.column(torch.full((64, 1), 3)[:, 0])[:, None], None)
+    assert (reward == 1).all() and over.all() and (view["obs"][..., :84].sum((1, 2)) == 1).all()
+    assert (view["obs"][:, 0, 42:84].sum(1) == 1).all()
 
 
 class RockPaperScissors:
@@ -424,18 +598,16 @@ class RockPaperScissors:
         self.num_envs, self.device = num_envs, device
         self.first = torch.full((num_envs,), -1)
 
-    def start(self, where):
+    def restart(self, where):
         self.first = self.first.where(~where, -1)
 
     def view(self):
-        obs = torch.ones(self.num_envs, 1)
-        return {"obs": obs[:, None], "state": obs, "legal": torch.ones(self.num_envs, 1, 3, dtype=torch.bool),
-                "alive": torch.ones(self.num_envs, 1, dtype=torch.bool)}  # fmt: skip
+        return torch.ones(self.num_envs, 1), torch.ones(self.num_envs, 3, dtype=torch.bool)
 
-    def play(self, action, where):
-        second = where & (self.first >= 0)
+    def play(self, action):
+        second = self.first >= 0
         score = torch.tensor([0.0, 1.0, -1.0])[(action - self.first) % 3]  # paper (1) beats rock (0)
-        self.first = torch.where(where & ~second, action, self.first)
+        self.first = torch.where(second, self.first, action)
         return score * second, second
 
 
@@ -443,102 +615,98 @@ def test_rock_paper_scissors_averages_to_a_third_each(tmp_path, monkeypatch):
     """The latest policy may cycle; the average over the run's snapshots is near the equilibrium."""
     monkeypatch.setitem(ma.GAMES, "rps", RockPaperScissors)
     flags = ["--algorithm", "selfplay", "--env-id", "rps", "--num-steps", 8, "--num-envs", 64, "--num-minibatches", 4]
-    flags += ["--snapshot-every", 1, "--pool-size", 200, "--ent-coef", 0.1, "--lr-schedule", "constant"]
+    flags += ["--snapshot-every", 1, "--pool-size", 200, "--ent-coef", 0.07, "--lr-schedule", "constant"]
+    flags += ["--gamma", 1.0, "--opening-plies", 0]  # it has no boards to play random plies on
     train(tmp_path, *flags, "--total-timesteps", 512 * 150, "--learning-rate", 3e-3, "--hidden-size", 16)
-    agent = ma.Agent(ma.SelfPlay(RockPaperScissors(1, CPU), 0), False, True, 16, torch.Generator())
-    view, policies = {"obs": torch.ones(1, 1, 1), "legal": torch.ones(1, 1, 3, dtype=torch.bool)}, []
-    for snapshot in ma.load_checkpoint(tmp_path)["pool"][1]:
-        agent.load_state_dict(snapshot["policy"], strict=False)
-        policies.append(agent.policy(**view).exp().detach().flatten())
+    team, *_ = ma.load_team(tmp_path)
+    obs, legal, policies = torch.ones(1, 1, 1), torch.ones(1, 1, 3, dtype=torch.bool), []
+    for snapshot in ma.load_checkpoint(tmp_path)["adapted"]["snapshots"]:
+        team.actor.load_state_dict(snapshot["actor"])
+        policies.append(team.policy(obs, legal).probs.detach().flatten())
     policies = torch.stack(policies)  # (150, 3)
     assert len(policies) == 150 and (policies.mean(0) - 1 / 3).abs().max() < 0.1
     assert policies.max() > 0.5, "no policy ever left the middle: the test shows nothing"
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "window", "pfsp"])
-def test_self_play_resumes_bit_for_bit(sampling, tmp_path):
-    flags = [
-        "--algorithm",
-        "selfplay",
-        "--num-envs",
-        16,
-        "--num-steps",
-        32,
-        "--num-minibatches",
-        4,
-        "--hidden-size",
-        16,
-    ]
-    flags += ["--snapshot-every", 1, "--pool-size", 3, "--opponent-sampling", sampling, "--checkpoint-every", 1024]
-    flags += ["--total-timesteps", 4096]
+@pytest.mark.parametrize("latest_prob", [0, 0.5, 1])
+def test_self_play_resumes_bit_for_bit(latest_prob, tmp_path):
+    flags = ["--algorithm", "selfplay", "--num-envs", 16, "--num-steps", 32, "--num-minibatches", 4]
+    flags += ["--hidden-size", 16, "--snapshot-every", 1, "--pool-size", 3, "--checkpoint-every", 1024]
+    flags += ["--total-timesteps", 4096, "--latest-prob", latest_prob]
     train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--stop-at-step", 2048)
-    train_again = ma.parse_args(["--resume", str(tmp_path / "parts")])
-    ma.train(train_again)
+    ma.train(ma.parse_args(["--resume", str(tmp_path / "parts")]))
     whole, parts = (ma.load_checkpoint(tmp_path / x) for x in ("whole", "parts"))
     assert all(torch.equal(x, parts["agent"][key]) for key, x in whole["agent"].items())
-    assert [(x["global_step"], x["score"]) for x in whole["pool"][1]] == [
-        (x["global_step"], x["score"]) for x in parts["pool"][1]
-    ]
+    pools = [[x["global_step"] for x in state["adapted"]["snapshots"]] for state in (whole, parts)]
+    assert pools[0] == pools[1] and len(pools[0]) > 1
     curves = [list(csv.DictReader(open(tmp_path / x / "progress.csv"))) for x in ("whole", "parts")]
     for a, b in zip(*curves, strict=True):
-        assert {k: x for k, x in a.items() if k not in ("wall_time", "sps")} == {
-            k: x for k, x in b.items() if k not in ("wall_time", "sps")
-        }
+        drop = ("wall_time", "sps")
+        assert {k: x for k, x in a.items() if k not in drop} == {k: x for k, x in b.items() if k not in drop}
 
 
 def test_a_full_pool_stays_spread_over_the_run():
-    agent, pool = make_agent(Space(1, 84, 84, Discrete(7)), centralised=False), ma.Pool(10, 8, "uniform")
+    _, team, pool = self_play(ma.ConnectFour(4, CPU), snapshot_every=10, pool_size=8)
+    pool.measure = lambda *_: None
     for iteration in range(1000):
         if iteration % pool.every == 0:
-            pool.add(agent, iteration)
+            pool.add(team, None, iteration)
             gaps = np.diff([x["global_step"] for x in pool.snapshots])
             assert pool.snapshots[0]["global_step"] == 0 and len(pool.snapshots) <= 8 and len(set(gaps)) <= 1
     assert len(pool.snapshots) > 4 and pool.snapshots[-1]["global_step"] > 800
-
-
-def test_whom_the_pool_sends():
-    agent, rng = make_agent(Space(1, 84, 84, Discrete(7)), centralised=False), torch.Generator().manual_seed(0)
-    for sampling, expected in (("uniform", set(range(8))), ("window", {5, 6, 7}), ("pfsp", {3})):
-        pool = ma.Pool(1, 8, sampling)
-        assert pool.draw(4, rng) == []
-        for i in range(8):
-            pool.add(agent, i)
-            pool.snapshots[-1]["score"] = 0.0 if i == 3 else 1.0  # only number 3 is not beaten yet
-        assert {x["global_step"] for x in pool.draw(60, rng)} - expected == set() or sampling == "pfsp"
-        drawn = [x["global_step"] for x in pool.draw(400, rng)]
-        assert set(drawn) == expected or sampling == "pfsp" and drawn.count(3) > 380
-
-
-def test_elo_of_known_strengths():
-    ratings = torch.tensor([0.0, 200.0, 400.0]).double()
-    score = 1 / (1 + 10 ** ((ratings - ratings[:, None]) / 400))
-    np.testing.assert_allclose(ma.elo(score, 100_000), ratings, atol=1)
-    assert all(math.isfinite(x) for x in ma.elo(torch.tensor([[0.5, 0.0], [1.0, 0.5]]), 100))
+    drawn = {float(x["weights.0"].sum()) for x in pool.draw(200)}
+    assert drawn == {float(x["actor"]["weights.0"].sum()) for x in pool.snapshots}
 
 
 def test_match_counts_for_the_right_side():
     """A player that builds one column beats one that spreads; in both seats."""
-    game = ma.ConnectFour(10, CPU)
-    builder = lambda view, moves: torch.full((len(view["obs"]),), 3)  # noqa: E731
-    spreader = lambda view, moves: torch.full((len(view["obs"]),), (len(moves) // 2) % 3)  # noqa: E731
+    game, plies = ma.ConnectFour(10, CPU), {"spreader": 0}
+
+    def builder(obs, legal):
+        return game.column(torch.full((10,), 3))[: len(obs)]
+
+    def spreader(obs, legal):
+        plies["spreader"] += 1
+        return game.column(torch.full((10,), plies["spreader"] // 2 % 3))[: len(obs)]
+
     assert ma.match(game, builder, spreader).tolist() == [1] * 10
     assert ma.match(game, spreader, builder).tolist() == [0] * 10
 
 
-def test_self_play_gets_stronger_and_all_opponents_can_be_played(tmp_path, capsys):
+def test_openings_are_games_in_progress():
+    """Half of the boards begin from random, unfinished positions of up to 16 plies, anew in each iteration."""
+    world, team, pool = self_play(ma.ConnectFour(512, CPU), opening_plies=16)
+    pool.measure = lambda *_: None
+    pool.add(team, None, 0)
+    seen = []
+    for _ in range(2):
+        world.deal(pool.draw(world.HAND))
+        opening = world.game.opening
+        stones = (opening[..., None] >> world.game.cells & 1).sum(-1)  # (512, 2)
+        assert stones.sum(1).max() == 16 and 0.4 < (stones.sum(1) == 0).float().mean() < 0.6
+        assert ((stones[:, 1] - stones[:, 0]).abs() <= 1).all()
+        for board in (opening, opening.flip(1)):  # nobody has four in a row, whoever is to move
+            for shift in (1, 6, 7, 8):
+                pairs = board & (board >> shift)
+                assert not (pairs & (pairs >> 2 * shift)).any()
+        seen.append(opening.clone())
+    assert (seen[0] != seen[1]).any()
+    world.reset(torch.Generator())
+    assert torch.equal(world.game.boards, opening)
+
+
+def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
     flags = ["--algorithm", "selfplay", "--total-timesteps", 16384 * 8, "--snapshot-every", 2]
     train(tmp_path, *flags)
-    scores = {}
-    for opponent in ("random", "mcts-5", str(tmp_path), "pool"):
-        capsys.readouterr()
-        assert ma.main(["--evaluate", str(tmp_path), "--opponent", opponent, "--eval-episodes", "100"]) == 0
-        scores[opponent] = json.loads(capsys.readouterr().out)
-    assert scores["random"]["mean"] > 0.7 and 0.3 < scores[str(tmp_path)]["mean"] < 0.7
-    assert scores["pool"]["elo"][-1] > 50 and (tmp_path / "elo.png").exists()
-    capsys.readouterr()
-    for flags, message in ((["--opponent", "nobody"], "no checkpoint nobody"), (["--capture-video"], "draws nothing")):
-        assert ma.main(["--evaluate", str(tmp_path), *flags]) == 2 and message in capsys.readouterr().err
+    assert ma.main(["--evaluate", str(tmp_path), "--eval-episodes", "100"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["mean"] > 0.7 and set(result["returns"]) <= {0, 0.5, 1} and len(result["returns"]) == 100
+    assert ma.main(["--evaluate", str(tmp_path), "--capture-video"]) == 2
+    assert "draws nothing" in capsys.readouterr().err
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -546,10 +714,17 @@ def test_self_play_gets_stronger_and_all_opponents_can_be_played(tmp_path, capsy
     [
         (["--algorithm", "selfplay", "--env-id", "simple_spread"], "plays connect_four"),
         (["--env-id", "connect_four"], "is a game for --algorithm selfplay"),
-        (["--algorithm", "selfplay", "--num-steps", "16"], "num_steps must be at least 21"),
+        (["--algorithm", "selfplay", "--num-steps", "16"], "--num-steps must be at least 21"),
+        (["--env-id", "toy_parallel.pictures"], "this script is not for images"),
         (["--env-id", "no_such_env"], "there is no environment no_such_env"),
         (["--env-id", "toy_parallel.nothing"], "there is no environment toy_parallel.nothing"),
-        (["--env-id", "toy_parallel.matrix", "--env-kwargs", "{"], "cannot make toy_parallel.matrix"),
+        (["--env-id", "toy_parallel.matrix", "--env-kwargs", "{"], "is not a JSON object"),
+        (["--env-id", "toy_parallel.matrix", "--env-kwargs", "[]"], "is not a JSON object"),
+        (["--env-kwargs", "{}"], "--env-kwargs does nothing in simple_spread, which is built in"),
+        (["--snapshot-every", "5"], "--snapshot-every does nothing with --algorithm mappo"),
+        (["--algorithm", "selfplay", "--no-share-params"], "--share-params does nothing with --algorithm selfplay"),
+        (["--algorithm", "ippo", "--critic-input", "state-actions"], "--critic-input goes with --algorithm mappo"),
+        (["--opponent", "random"], "--opponent"),
         (["--env-id", "toy_parallel.matrix", "--env-kwargs", '{"size": 3}'], "cannot make toy_parallel.matrix"),
         (["--env-id", "gymnasium_robotics.mamujoco_v1"], "pip install gymnasium-robotics"),
     ],
@@ -569,3 +744,53 @@ def test_compiled_equals_eager(tmp_path):
         agents.append(ma.load_checkpoint(tmp_path / mode)["agent"])
     for key, x in agents[0].items():
         torch.testing.assert_close(x, agents[1][key], rtol=1e-4, atol=1e-5)
+
+
+FAILURES = [
+    ("raise", "step() raised ZeroDivisionError: a bug (toy_parallel.py, line "),
+    ("nan", "step() returned [nan] and 0.0: not finite, or not of shape (1,)"),
+    ("reward", "and nan: not finite"),
+    ("shape", "step() returned [0. 0. 0.] and"),
+]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("trouble,message", FAILURES)
+def test_an_environment_that_fails_ends_the_run_with_one_line(trouble, message, num_workers, tmp_path, capsys):
+    flags = ["--env-id", f"toy_parallel.broken_{trouble}", "--num-envs", 4, "--num-workers", num_workers]
+    flags += ["--run-dir", tmp_path / "a", "--no-compile"]
+    assert ma.main(list(map(str, flags))) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("ppo_multiagent.py: environment 0, step 3 of the rollout: ") and message in line
+    assert ma.load_checkpoint(tmp_path / "a")["global_step"] == 0
+
+
+def test_an_environment_that_fails_in_evaluation(tmp_path, capsys, monkeypatch):
+    import toy_parallel
+
+    flags = ["--env-id", "toy_parallel.alone", "--num-envs", 4, "--num-workers", 0, "--total-timesteps", 200]
+    train(tmp_path, *flags)
+    capsys.readouterr()
+    monkeypatch.setattr(toy_parallel.alone, "parallel_env", toy_parallel.broken_raise.parallel_env)
+    assert ma.main(["--evaluate", str(tmp_path)]) == 1
+    assert "episode 0: step() raised ZeroDivisionError: a bug (toy_parallel.py, line " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--hidden-size", "32"], "does not fit this agent: size mismatch for"),
+        (["--no-share-params"], "does not fit this agent"),
+        (["--no-norm-obs"], "does not fit this agent"),
+        (["--critic-input", "state-actions"], "does not fit this agent: size mismatch for critic.weights.0"),
+        (["--algorithm", "ippo"], "is of --algorithm mappo, not of ippo"),
+        (["--algorithm", "selfplay"], "is of --algorithm mappo, not of selfplay"),
+        (["--env-id", "toy_parallel.alone"], "on simple_spread, not of ppo_multiagent.py on toy_parallel.alone"),
+    ],
+)
+def test_resuming_as_something_else_is_one_line(flags, message, tmp_path, capsys):
+    train(tmp_path / "a", "--num-envs", 4, "--total-timesteps", 200)
+    capsys.readouterr()
+    assert ma.main(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "b").exists()

@@ -9,11 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
+import test_contract
 import torch
 from conftest import HOUSE, ROOT
-from test_contract import rows, run, small_for, tensors
+from test_contract import rows, run, tensors
 
 house = pytest.mark.parametrize("name", HOUSE)
+
+
+def small_for(script):
+    """Flags of a small run in which processes share the work: built-in worlds do not need them."""
+    several = ["--env-id", "toy_parallel.mortals"] if script.__name__ == "ppo_multiagent" else []
+    return [*test_contract.small_for(script), *several]
 
 
 def children(pid):

@@ -117,17 +117,42 @@ class Thrusters(Alone):
         return self.observe(), {"only": -float(abs(actions["only"][0] - 2))}, *rest
 
 
+class Leavers(Mortals):
+    """Nobody ever terminates. "short" is truncated after 3 of 5 steps, all the others after 5."""
+
+    def step(self, actions):
+        observations, rewards, terminated, truncated, infos = super().step(actions)
+        leaving = {name: x or truncated[name] for name, x in terminated.items()}
+        return observations, rewards, dict.fromkeys(terminated, False), leaving, infos
+
+
+class Broken(Alone):
+    """Fails in the way that its name says: toy_parallel.broken_raise, _nan, _reward, _shape."""
+
+    def step(self, actions):
+        if self.clock == 3 and self.trouble == "raise":
+            raise ZeroDivisionError("a bug")
+        seen, reward, *rest = super().step(actions)
+        if self.clock == 4 and self.trouble == "reward":
+            reward = {"only": float("nan")}
+        if self.clock == 4 and self.trouble in ("nan", "shape"):
+            seen = {"only": np.full(1 if self.trouble == "nan" else 3, np.nan if self.trouble == "nan" else 0.0)}
+        return seen, reward, *rest
+
+
 class Mixed(Mortals):
     """One agent's actions are numbers, another's are choices: refused."""
 
     action_spaces = Mortals.action_spaces | {"wide": Box(-1, 1, (2,))}
 
 
-for name, env in {
-    "mixed": Mixed,
-    "matrix": MatrixGame,
-    "mortals": Mortals,
-    "alone": Alone,
-    "thrusters": Thrusters,
-}.items():
+class Pictures(Alone):
+    """An agent that sees an image: refused."""
+
+    observation_spaces = {"only": Box(0, 255, (8, 8, 3), np.uint8)}
+
+
+TROUBLE = {f"broken_{x}": type("Broken", (Broken,), {"trouble": x}) for x in ("raise", "nan", "reward", "shape")}
+NAMED = {"mixed": Mixed, "matrix": MatrixGame, "mortals": Mortals, "alone": Alone, "thrusters": Thrusters}
+for name, env in (NAMED | {"leavers": Leavers, "pictures": Pictures} | TROUBLE).items():
     globals()[name] = type(name, (), {"parallel_env": env})
