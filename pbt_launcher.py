@@ -253,7 +253,7 @@ def train(args):
                     population.finish(leg | {"seconds": seconds}, result)
             if members := population.due():
                 population.decide(members)
-            time.sleep(0.02)
+            time.sleep(0.01)
     if population.best:
         shutil.copy(population.checkpoint(population.best), population.folder / "best.pt")
         draw(population)
@@ -559,10 +559,10 @@ def check_flags(population, slot, signals):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
     for name, hyper in [*trials, ("", first.hyper)]:
         while not slot.available() and not signals:
-            time.sleep(0.02)
+            time.sleep(0.01)
         slot.start({"check": population.next_leg(replace(first, hyper=hyper))[1]["train"]})
         while (answer := slot.poll()) is None and not signals:
-            time.sleep(0.02)
+            time.sleep(0.01)
         if answer and "error" in answer:
             raise UserError(name + answer["error"])
 
