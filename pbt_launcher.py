@@ -17,10 +17,10 @@ from each other. After every --interval steps:
 For the cost of a random search one gets a trained policy, and a schedule of hyperparameters that led to it.
 
 A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
-checkpoint and a score come out. The launcher knows nothing of the algorithm that a script implements, only the flags
-that all scripts share (--resume, --stop-at-step, --run-dir, ...), and a leg that is lost is simply run again. Whatever
-happens is one line in RUN/events.jsonl, and all that the launcher remembers follows from these lines. So --resume goes
-on after any kind of death, and takes the decisions that would have been taken without it.
+checkpoint and a score come out. The launcher knows nothing of the algorithm that a script implements, only what all
+scripts share: train(args), parse_args(argv), and flags like --resume, --stop-at-step and --run-dir. A leg that is lost
+is simply run again. Whatever happens is one line in RUN/events.jsonl, and all that the launcher remembers follows from
+these lines. So --resume goes on after any kind of death and, with --mode sync, takes the same decisions.
 
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/hopper --population 8 --slots 2 \\
         --mutate learning_rate:log:1e-5:1e-3 --mutate clip_coef:lin:0.1:0.4
@@ -31,7 +31,8 @@ on after any kind of death, and takes the decisions that would have been taken w
 
 A population of 8 in 2 slots takes about four times as long as two runs side by side. How to read its result: the best
 score is the highest of many noisy ones, so it is biased upwards; evaluate best.pt on fresh episodes. And a winner may
-have had a good schedule or just luck: --replay trains its schedule again, with other seeds.
+have had a good schedule or just luck: --replay trains its schedule again, with other seeds. lineage.png shows who
+copied whom, schedule.png what everybody tried.
 """
 
 import contextlib
@@ -252,7 +253,7 @@ def train(args):
                     population.finish(leg | {"seconds": seconds}, result)
             if members := population.due():
                 population.decide(members)
-            time.sleep(0.02)
+            time.sleep(0.01)
     if population.best:
         shutil.copy(population.checkpoint(population.best), population.folder / "best.pt")
         draw(population)
@@ -558,10 +559,10 @@ def check_flags(population, slot, signals):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
     for name, hyper in [*trials, ("", first.hyper)]:
         while not slot.available() and not signals:
-            time.sleep(0.02)
+            time.sleep(0.01)
         slot.start({"check": population.next_leg(replace(first, hyper=hyper))[1]["train"]})
         while (answer := slot.poll()) is None and not signals:
-            time.sleep(0.02)
+            time.sleep(0.01)
         if answer and "error" in answer:
             raise UserError(name + answer["error"])
 
@@ -706,32 +707,33 @@ def ray_slots(args):
 # ==== Figures =========================================================================================================
 
 
+def save(figure, axis, path, key):
+    """key: {label: style} of the legend."""
+    for label, style in key.items():
+        axis.plot([], [], label=label, **style)
+    axis.set(xlabel="environment steps")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def draw(population):
     """lineage.png: who copied whom, and with what score. schedule.png: the hyperparameters of all members. In both, the
     legs that led to the best score stand out; --replay trains what they did."""
     import matplotlib.pyplot as plt  # here, because it is slow to import
 
     plt.switch_backend("Agg")
-    legs, winner, searched = population.legs, population.lineage(population.best), population.hyperparameters
+    plt.close("all")
+    legs, winner, searched = population.legs, set(population.lineage(population.best)), population.hyperparameters
     begin = {name: legs[leg["source"]]["step"] if leg["source"] else 0 for name, leg in legs.items()}
     scores = [leg["score"] for leg in legs.values() if is_score(leg["score"])]
     colours = plt.cm.ScalarMappable(plt.Normalize(min(scores), max(scores)), "viridis")
-
-    def finish(figure, axis, name, key):
-        for label, style in key.items():
-            axis.plot([], [], label=label, **style)
-        axis.set(xlabel="environment steps")
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(population.folder / name, dpi=110)
-        plt.close(figure)
 
     figure, axis = plt.subplots(figsize=(10, 0.45 * len(population.members) + 2), layout="constrained")
     for name, leg in legs.items():
         row, donor = leg["member"], legs[leg["source"]]["member"] if leg["source"] else leg["member"]
         colour = colours.to_rgba(leg["score"]) if is_score(leg["score"]) else "0.8"
-        axis.plot(
-            [begin[name], leg["step"]], [row, row], color=colour, lw=9 if name in winner else 3, solid_capstyle="butt"
-        )
+        style = {"color": colour, "lw": 9 if name in winner else 3, "solid_capstyle": "butt"}
+        axis.plot([begin[name], leg["step"]], [row, row], **style)
         if donor != row:
             arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "shrinkA": 0, "shrinkB": 0}
             arrow |= {"color": "C3" if name in winner else "0.5"}
@@ -739,7 +741,8 @@ def draw(population):
     axis.set(title="Who copied whom", ylabel="member", yticks=sorted(population.members))
     figure.colorbar(colours, ax=axis, label="score of the leg")
     key = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
-    finish(figure, axis, "lineage.png", key | {"copy, from donor to member": {"color": "0.5", "marker": ">"}})
+    key["copy, from donor to member (red: on that way)"] = {"color": "0.5", "marker": ">"}
+    save(figure, axis, population.folder / "lineage.png", key)
     if not searched:
         return
 
@@ -755,7 +758,8 @@ def draw(population):
         if h.kind == "cat":
             axis.set_yticks(range(len(h.choices)), h.choices)
     axes[0, 0].set(title="Hyperparameters over time")
-    finish(figure, axes[-1, 0], "schedule.png", {"the way to the best score": thick, "other legs": thin})
+    key = {"the way to the best score": thick, "other legs": thin}
+    save(figure, axes[-1, 0], population.folder / "schedule.png", key)
 
 
 # ==== Plumbing: errors, signals, arguments, entry =====================================================================

@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,9 @@ def train(args):
         state = load(args.resume)
     print("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
     trouble(args)
-    time.sleep(args.seconds)
+    with subprocess.Popen(["sleep", "60"]) as worker:  # scripts have processes of their own, which must not survive
+        time.sleep(args.seconds)
+        worker.kill()
     args.run_dir.mkdir(parents=True)
     while state["step"] < min(args.total_timesteps, args.stop_at_step):
         state["x"] -= args.learning_rate * 2 * (state["x"] - 1)
