@@ -224,6 +224,17 @@ def test_a_signal_ends_the_run_after_its_iteration(script, tmp_path, monkeypatch
     assert script.load_checkpoint(tmp_path / "run")["global_step"] == 64
 
 
+def test_training_uses_one_thread(script, tmp_path):
+    """More would cost more than they bring here, and would take cores from the workers and from other runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        script.train(run_args(script.__name__, tmp_path, stop_at_step=32))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 ADAPTED = [
     ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 10.0, "learning_rate": 1e-4}),
     ("ppo_klpen", {"kl_target": 1e-6}),
