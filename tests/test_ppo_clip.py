@@ -271,6 +271,10 @@ def test_what_never_moved_is_not_scaled():
     rms = ppo_clip.RunningMeanStd(2)
     rms.update(torch.tensor([[3.0, 0.0], [3.0, 2.0]]))
     assert rms.inv_std.tolist() == [1, 1] and rms(torch.tensor([4.0, 1.0])).tolist() == [1, 0]
+    for variance, expected in ((0.99e-8, 1.0), (1.01e-8, 1.01e-8**-0.5)):
+        rms = ppo_clip.RunningMeanStd()
+        rms.update(torch.tensor([1.0, -1.0]).double() * variance**0.5)
+        assert rms.inv_std.item() == pytest.approx(expected)
 
 
 def test_statistics_travel_with_the_agent():

@@ -11,6 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import toy_envs
 from batches import make_coef
 from torch.distributions import kl_divergence
 from torch.nn.utils import clip_grad_norm_
@@ -222,6 +223,15 @@ def test_a_signal_ends_the_run_after_its_iteration(script, tmp_path, monkeypatch
     summary = script.train(run_args(script.__name__, tmp_path))
     assert saves == [0, 64] and summary["global_step"] == 64 and summary["signal"] == signal.SIGTERM
     assert script.load_checkpoint(tmp_path / "run")["global_step"] == 64
+
+
+def test_every_environment_is_closed(script, tmp_path, monkeypatch):
+    """N that are run, and the one that is asked for its spaces."""
+    made, closed = [], []
+    monkeypatch.setattr(toy_envs.Counter, "__init__", lambda self: made.append(id(self)))
+    monkeypatch.setattr(toy_envs.Counter, "close", lambda self: closed.append(id(self)))
+    script.train(run_args(script.__name__, tmp_path, stop_at_step=32))
+    assert len(made) == 3 and sorted(made) == sorted(closed)
 
 
 def test_training_uses_one_thread(script, tmp_path):
