@@ -161,6 +161,17 @@ def test_a_run_is_the_algorithm_written_again(name, flags, tmp_path):
         assert len({row["beta"] for row in table}) > 2
 
 
+def test_trpo_does_not_blow_up_advantages_as_small_as_rounding_errors(tmp_path, monkeypatch):
+    """The 1e-8 beside the standard deviation halves advantages of that size, and with them the gradient."""
+    script, args = importlib.import_module("trpo_continuous"), run_args("trpo_continuous", tmp_path)
+    gae = script.gae
+    monkeypatch.setattr(script, "gae", lambda *arguments: 1e-8 * gae(*arguments))
+    script.train(args)
+    _, table = written_again(script, args)
+    seen = [row["gradient_norm"] for row in rows(tmp_path / "run")]
+    assert seen == pytest.approx([row["gradient_norm"] for row in table], rel=1e-3)
+
+
 def spied_upon(script, monkeypatch):
     """Lists that will hold the steps at which checkpoints are written and the seeds with which rollouts begin."""
     saves, seeds, save, collect = [], [], script.Run.save, script.Actors.collect
