@@ -151,9 +151,12 @@ def test_kl_entropy_and_actions_against_monte_carlo(space):
 
 
 def test_acting_scales_observations_and_without_noise_takes_the_mode():
-    agent, raw = make_agent(), torch.randn(8, 5) * 20
+    agent, raw, noise = make_agent(), torch.randn(8, 5) * 20, torch.randn(8, 3)
     agent.obs_rms.update(torch.randn(100, 5) * 7 + 3)
-    torch.testing.assert_close(agent.act(raw, 0.0), agent.policy(agent.obs_rms(raw)).mode)
+    agent.log_std.data = torch.tensor([0.3, -0.5, 0.0])
+    pi = agent.policy(agent.obs_rms(raw))
+    torch.testing.assert_close(agent.act(raw, 0.0), pi.mode)
+    torch.testing.assert_close(agent.act(raw, noise), pi.mean + pi.stddev * noise)
     agent = make_agent(DISCRETE)
     agent.actor[-1].weight.data *= 100
     assert torch.equal(agent.act(raw, 0.0), agent.policy(agent.obs_rms(raw)).mode)
@@ -268,6 +271,10 @@ def test_what_never_moved_is_not_scaled():
     rms = ppo_clip.RunningMeanStd(2)
     rms.update(torch.tensor([[3.0, 0.0], [3.0, 2.0]]))
     assert rms.inv_std.tolist() == [1, 1] and rms(torch.tensor([4.0, 1.0])).tolist() == [1, 0]
+    for variance, expected in ((0.99e-8, 1.0), (1.01e-8, 1.01e-8**-0.5)):
+        rms = ppo_clip.RunningMeanStd()
+        rms.update(torch.tensor([1.0, -1.0]).double() * variance**0.5)
+        assert rms.inv_std.item() == pytest.approx(expected)
 
 
 def test_statistics_travel_with_the_agent():

@@ -81,6 +81,15 @@ def test_a_seed_begins_new_episodes_and_none_goes_on():
     assert actors.episodes == N  # what the third call dropped does not count
 
 
+def test_rollouts_of_a_single_step():
+    """The shortest there are: an episode of three steps takes three of them."""
+    agent = make_agent()
+    with make_actors(agent, num_steps=1) as actors:
+        rows = [actors.collect(agent, seed)["obs"][0].tolist() for seed in ((1, 0), None, None, None)]
+    expected = [[0, 0], [0, 0.01], [0, 0.02], [0.01, 0]]  # (episode, step) / 100
+    assert rows == [[pytest.approx(x)] * N for x in expected] and list(actors.last) == [(pytest.approx(0.03), 3)] * N
+
+
 def test_the_statistics_take_all_rows():
     agent = make_agent()
     with make_actors(agent) as actors:

@@ -11,6 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import toy_envs
 from batches import make_coef
 from torch.distributions import kl_divergence
 from torch.nn.utils import clip_grad_norm_
@@ -160,6 +161,17 @@ def test_a_run_is_the_algorithm_written_again(name, flags, tmp_path):
         assert len({row["beta"] for row in table}) > 2
 
 
+def test_trpo_does_not_blow_up_advantages_as_small_as_rounding_errors(tmp_path, monkeypatch):
+    """The 1e-8 beside the standard deviation halves advantages of that size, and with them the gradient."""
+    script, args = importlib.import_module("trpo_continuous"), run_args("trpo_continuous", tmp_path)
+    gae = script.gae
+    monkeypatch.setattr(script, "gae", lambda *arguments: 1e-8 * gae(*arguments))
+    script.train(args)
+    _, table = written_again(script, args)
+    seen = [row["gradient_norm"] for row in rows(tmp_path / "run")]
+    assert seen == pytest.approx([row["gradient_norm"] for row in table], rel=1e-3)
+
+
 def spied_upon(script, monkeypatch):
     """Lists that will hold the steps at which checkpoints are written and the seeds with which rollouts begin."""
     saves, seeds, save, collect = [], [], script.Run.save, script.Actors.collect
@@ -222,6 +234,26 @@ def test_a_signal_ends_the_run_after_its_iteration(script, tmp_path, monkeypatch
     summary = script.train(run_args(script.__name__, tmp_path))
     assert saves == [0, 64] and summary["global_step"] == 64 and summary["signal"] == signal.SIGTERM
     assert script.load_checkpoint(tmp_path / "run")["global_step"] == 64
+
+
+def test_every_environment_is_closed(script, tmp_path, monkeypatch):
+    """N that are run, and the one that is asked for its spaces."""
+    made, closed = [], []
+    monkeypatch.setattr(toy_envs.Counter, "__init__", lambda self: made.append(id(self)))
+    monkeypatch.setattr(toy_envs.Counter, "close", lambda self: closed.append(id(self)))
+    script.train(run_args(script.__name__, tmp_path, stop_at_step=32))
+    assert len(made) == 3 and sorted(made) == sorted(closed)
+
+
+def test_training_uses_one_thread(script, tmp_path):
+    """More would cost more than they bring here, and would take cores from the workers and from other runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        script.train(run_args(script.__name__, tmp_path, stop_at_step=32))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 ADAPTED = [

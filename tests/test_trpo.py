@@ -307,10 +307,11 @@ def test_a_step_raises_the_surrogate_and_reports_what_it_did(flags):
 
 
 def test_the_max_form_holds_on_every_sampled_state():
+    """And the step is as long as that allows: scaled so well that the line search need not shorten it."""
     for seed in range(10):
         agent, _, data = make_policy(seed)
-        assert update(agent, data, max_kl=0.02, kl_constraint="max")["line_search_step"] >= 0
-        assert surrogate_and_kl(agent, data)[1].max() <= 0.02
+        assert update(agent, data, max_kl=0.02, kl_constraint="max")["line_search_step"] == 0
+        assert 0.9 * 0.02 < surrogate_and_kl(agent, data)[1].max() <= 0.02
 
 
 def test_a_zero_gradient_moves_nothing():
@@ -552,6 +553,16 @@ def test_every_metric_has_its_column_and_its_tag(tmp_path):
     board = EventAccumulator(str(tmp_path / "a")).Reload()
     tags = {f"losses/{key}" for key in columns if key != "learning_rate"} | {"charts/learning_rate", "charts/SPS"}
     assert tags | {f"trpo/{key}" for key in trpo_columns} <= set(board.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_the_run(bad, tmp_path, monkeypatch, capsys):
+    """Its step was refused, and the policy is as it was; but the next gradient would be no better."""
+    policy_step = trpo.policy_step
+    monkeypatch.setattr(trpo, "policy_step", lambda *args: policy_step(*args) | {"gradient_norm": bad})
+    assert trpo.main([*SMALL, "--run-dir", str(tmp_path / "a")]) == 1
+    assert f"gradient_norm is {bad} at step 128" in capsys.readouterr().err
+    assert trpo.load_checkpoint(tmp_path / "a")["global_step"] == 0
 
 
 def refused(capsys, tmp_path, *flags):

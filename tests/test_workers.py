@@ -264,6 +264,21 @@ def test_a_wide_observation_that_is_not_finite_is_one_line(tmp_path, capsys, mon
     assert len(lines[1]) < 300
 
 
+def test_the_failing_environment_is_named_wherever_it_stands(tmp_path, capsys, monkeypatch):
+    import ppo_clip
+
+    begin_episode = ppo_clip.Environments.begin_episode
+
+    def begin(self, i, t, **seed):
+        self.envs[2].unwrapped.after = 20  # the others fail after 30 steps
+        begin_episode(self, i, t, **seed)
+
+    monkeypatch.setattr(ppo_clip.Environments, "begin_episode", begin)
+    flags = ["--env-id", "toy_envs:Broken-step-raise-v0", "--run-dir", tmp_path / "a", "--num-workers", 0]
+    assert run(ppo_clip, *flags, "--num-envs", 4, "--num-steps", 32) == 1
+    assert "environment 2, step 20 of the rollout: step() raised" in capsys.readouterr().err
+
+
 def test_the_failing_environment_is_named_also_in_a_worker(tmp_path, capsys, monkeypatch):
     from toy_envs import Broken
 
