@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOUSE, ROOT
+from conftest import HELPERS, HOUSE, ROOT
 from test_contract import rows, run, small_for, tensors
 
 house = pytest.mark.parametrize("name", HOUSE)
@@ -98,7 +98,7 @@ if __name__ == "__main__":
     sys.exit(script.main({[*map(str, flags), "--run-dir", "spawned", "--num-workers", "2"]}))
 """
     (tmp_path / "spawning.py").write_text(code)
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{HELPERS}"}
     process = subprocess.run(
         [sys.executable, "spawning.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
