@@ -257,7 +257,8 @@ def test_a_wide_observation_that_is_not_finite_is_one_line(tmp_path, capsys, mon
     assert len(lines[1]) < 300
 
 
-def test_the_failing_environment_is_named_wherever_it_stands(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("call,at", [("step", 20), ("reset", 19)])
+def test_the_failing_environment_is_named_wherever_it_stands(call, at, tmp_path, capsys, monkeypatch):
     import ppo_clip
 
     begin_episode = ppo_clip.Environments.begin_episode
@@ -267,9 +268,9 @@ def test_the_failing_environment_is_named_wherever_it_stands(tmp_path, capsys, m
         begin_episode(self, i, t, **seed)
 
     monkeypatch.setattr(ppo_clip.Environments, "begin_episode", begin)
-    flags = ["--env-id", "toy_envs:Broken-step-raise-v0", "--run-dir", tmp_path / "a", "--num-workers", 0]
+    flags = ["--env-id", f"toy_envs:Broken-{call}-raise-v0", "--run-dir", tmp_path / "a", "--num-workers", 0]
     assert run(ppo_clip, *flags, "--num-envs", 4, "--num-steps", 32) == 1
-    assert "environment 2, step 20 of the rollout: step() raised" in capsys.readouterr().err
+    assert f"environment 2, step {at} of the rollout: {call}() raised" in capsys.readouterr().err
 
 
 def test_the_failing_environment_is_named_also_in_a_worker(tmp_path, capsys, monkeypatch):
