@@ -257,14 +257,14 @@ def test_a_wide_observation_that_is_not_finite_is_one_line(tmp_path, capsys, mon
     assert len(lines[1]) < 300
 
 
-@pytest.mark.parametrize("call,at", [("step", 20), ("reset", 19)])
-def test_the_failing_environment_is_named_wherever_it_stands(call, at, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("call,after,at", [("step", 20, 20), ("reset", 20, 19), ("reset", 0, 0)])
+def test_the_failing_environment_is_named_wherever_it_stands(call, after, at, tmp_path, capsys, monkeypatch):
     import ppo_clip
 
     begin_episode = ppo_clip.Environments.begin_episode
 
     def begin(self, i, t, **seed):
-        self.envs[2].unwrapped.after = 20  # the others fail after 30 steps
+        self.envs[2].unwrapped.after = after  # the others fail after 30 steps
         begin_episode(self, i, t, **seed)
 
     monkeypatch.setattr(ppo_clip.Environments, "begin_episode", begin)
