@@ -10,7 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+HELPERS = Path(__file__).parent / "helpers"  # toy environments and scripts, batches
+sys.path[:0] = [str(ROOT), str(HELPERS), str(Path(__file__).parent)]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 SCRIPTS = [
@@ -50,7 +51,7 @@ def cli(tmp_path):
 
     def start(name, *flags, wait=True, cwd=tmp_path, **kwargs):
         command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        env = os.environ | {"PYTHONPATH": str(HELPERS)}
         run = subprocess.run if wait else subprocess.Popen
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return run(command, cwd=cwd, env=env, **(pipes | kwargs))

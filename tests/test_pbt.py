@@ -21,7 +21,7 @@ from conftest import ROOT
 
 import pbt_launcher as pbt
 
-TOY = str(Path(__file__).parent / "toy_script.py")
+TOY = str(Path(__file__).parent / "helpers" / "toy_script.py")
 SMALL = ["--population", "4", "--interval", "100", "--total-timesteps", "500"]
 SMALL += ["--mutate", "learning_rate:log:1e-4:0.1"]
 

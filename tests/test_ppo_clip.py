@@ -188,23 +188,24 @@ def test_minibatch_means_average_to_the_full_batch():
     torch.testing.assert_close(sums[:-1] / 4, torch.stack([*expected.values()]).detach())
 
 
+@pytest.mark.parametrize("max_norm", [0.1, 100.0])  # every gradient is clipped, or none
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
-def test_adam_and_gradient_clipping_equal_torch(space):
+def test_adam_and_gradient_clipping_equal_torch(space, max_norm):
     agent, twin = make_agent(space), make_agent(space)
-    data, coef = make_batch(agent), make_coef(learning_rate=1e-3, max_grad_norm=0.1)
+    data, coef = make_batch(agent), make_coef(learning_rate=1e-3, max_grad_norm=max_norm)
     optimizer, rng, norms = torch.optim.Adam(twin.parameters(), lr=1e-3, eps=1e-5), torch.Generator().manual_seed(0), []
     state = epochs(ppo_clip, agent, data, [coef] * 12)
     for _ in range(12):
         for index in torch.randperm(256, generator=rng).view(-1, 64):
             optimizer.zero_grad()
             ppo_clip.ppo_loss(twin, {k: x[index] for k, x in data.items()}, coef, True)[0].backward()
-            norms.append(nn.utils.clip_grad_norm_(twin.parameters(), 0.1))
+            norms.append(nn.utils.clip_grad_norm_(twin.parameters(), max_norm))
             optimizer.step()
     expected = nn.utils.parameters_to_vector(twin.parameters()).detach()
     torch.testing.assert_close(state["parameters"], expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(nn.utils.parameters_to_vector(agent.parameters()).detach(), state["parameters"])
     torch.testing.assert_close(state["sums"][-1], torch.stack(norms).sum())
-    assert state["t"] == 48 and min(norms) > 0.1
+    assert state["t"] == 48 and 0.1 < min(norms) <= max(norms) < 100
 
 
 @pytest.mark.slow
@@ -239,7 +240,12 @@ def test_networks_start_orthogonal_with_the_gains_that_the_docstring_names():
         assert layer.weight.shape == shape and not layer.bias.any()
         torch.testing.assert_close(layer.weight @ layer.weight.T, gain**2 * torch.eye(shape[0]), rtol=1e-4, atol=1e-5)
     assert isinstance(ppo_clip.mlp(3, 2, 1.0, activation=nn.ReLU)[1], nn.ReLU)
-    assert [type(x).__name__ for x in make_agent().actor] == ["Linear", "Tanh"] * 2 + ["Linear"]
+    agent = make_agent()
+    assert [type(x).__name__ for x in agent.actor] == ["Linear", "Tanh"] * 2 + ["Linear"]
+    for network, gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        lengths = network[-1].weight.norm(dim=1)
+        torch.testing.assert_close(lengths, torch.full_like(lengths, gain))
+    assert not hasattr(make_agent(DISCRETE), "log_std")
 
 
 def test_running_statistics_against_numpy():

@@ -124,6 +124,14 @@ def test_loss_against_torch_distributions(space, size):
     assert penalty > 0.001
 
 
+def test_advantages_are_normalised_only_if_asked():
+    agent, coef = make_agent(), make_coef()
+    batch = make_batch(agent)
+    batch["advantage"].mul_(10).add_(3)
+    policy_loss = [ppo_klpen.ppo_loss(agent, batch, coef, asked)[1]["policy_loss"].item() for asked in (True, False)]
+    assert policy_loss == [pytest.approx(0, abs=1e-5), pytest.approx(-batch["advantage"].mean().item(), rel=1e-4)]
+
+
 @pytest.mark.parametrize("space", [Box(-1, 1, (1,)), DISCRETE])
 def test_at_the_old_parameters_the_penalty_has_gradient_zero_and_the_fisher_matrix_as_hessian(space):
     """F = E[score score'], the expectation taken over actions exactly: a sum, or Gauss-Hermite nodes (the integrand is

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent / "helpers"), str(Path(__file__).parent.parent)]
 SCRIPTS = [importlib.import_module(name) for name in ("ppo_clip", "ppo_klpen", "trpo_continuous")]
 RULES = ("truncated is not terminated", "done = terminated or truncated")
 L = 10  # the time limit of toy_envs:EndlessBox-v0

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import test_contract
 import torch
-from conftest import HOUSE, ROOT
-from test_contract import rows, run, tensors
+from conftest import HELPERS, HOUSE, ROOT
+from test_contract import rows, run, small_for, tensors
 
 house = pytest.mark.parametrize("name", HOUSE)
 
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     sys.exit(script.main({[*map(str, flags), "--run-dir", "spawned", "--num-workers", "2"]}))
 """
     (tmp_path / "spawning.py").write_text(code)
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{HELPERS}"}
     process = subprocess.run(
         [sys.executable, "spawning.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
@@ -264,19 +264,20 @@ def test_a_wide_observation_that_is_not_finite_is_one_line(tmp_path, capsys, mon
     assert len(lines[1]) < 300
 
 
-def test_the_failing_environment_is_named_wherever_it_stands(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("call,after,at", [("step", 20, 20), ("reset", 20, 19), ("reset", 0, 0)])
+def test_the_failing_environment_is_named_wherever_it_stands(call, after, at, tmp_path, capsys, monkeypatch):
     import ppo_clip
 
     begin_episode = ppo_clip.Environments.begin_episode
 
     def begin(self, i, t, **seed):
-        self.envs[2].unwrapped.after = 20  # the others fail after 30 steps
+        self.envs[2].unwrapped.after = after  # the others fail after 30 steps
         begin_episode(self, i, t, **seed)
 
     monkeypatch.setattr(ppo_clip.Environments, "begin_episode", begin)
-    flags = ["--env-id", "toy_envs:Broken-step-raise-v0", "--run-dir", tmp_path / "a", "--num-workers", 0]
+    flags = ["--env-id", f"toy_envs:Broken-{call}-raise-v0", "--run-dir", tmp_path / "a", "--num-workers", 0]
     assert run(ppo_clip, *flags, "--num-envs", 4, "--num-steps", 32) == 1
-    assert "environment 2, step 20 of the rollout: step() raised" in capsys.readouterr().err
+    assert f"environment 2, step {at} of the rollout: {call}() raised" in capsys.readouterr().err
 
 
 def test_the_failing_environment_is_named_also_in_a_worker(tmp_path, capsys, monkeypatch):
