@@ -12,7 +12,7 @@ import pytest
 import test_contract
 import torch
 from conftest import HELPERS, HOUSE, ROOT
-from test_contract import rows, run, small_for, tensors
+from test_contract import rows, run, tensors
 
 house = pytest.mark.parametrize("name", HOUSE)
 
