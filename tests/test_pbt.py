@@ -466,13 +466,13 @@ def survivors(mark):
 
 
 def test_twenty_sigkills_change_nothing_and_leave_no_process(tmp_path):
-    flags = [*SMALL, "--", "--seconds", 0.05]
+    flags = [*SMALL, "--", "--seconds", 0.3]  # 25 events in some 4 s
     finished(tmp_path / "whole", *flags)
     chance, mark, struck = random.Random(0), f"pbt-test-{os.getpid()}-{time.time()}", set()
     for kill in range(20):
         process = launch(tmp_path / "a", *resume(tmp_path / "a"), *flags, env=os.environ | {"PBT_TEST": mark})
         if kill % 4 == 0:
-            time.sleep(chance.uniform(0, 1))  # while it starts
+            time.sleep(chance.uniform(0, 0.6))  # while it starts
         else:
             soon = len(events(tmp_path / "a")) + chance.randrange(1, 3)
             while len(events(tmp_path / "a")) < soon and process.poll() is None:
