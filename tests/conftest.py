@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 HELPERS = Path(__file__).parent / "helpers"  # toy environments and scripts, batches
 sys.path[:0] = [str(ROOT), str(HELPERS), str(Path(__file__).parent)]
 os.environ["OMP_NUM_THREADS"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
 
 SCRIPTS = [
     p
