@@ -55,8 +55,8 @@ Departures from the paper:
 - A time limit is not the end of the world: the estimate continues a truncated episode with V of its last state.
 - A run has 489 iterations of 8 environments x 256 steps; the paper had 200 of 50 000 steps and more. With so few steps
   its max_kl of 0.01 is a little slow: here it is 0.02.
-- gamma is 0.995, as in the first author's code. With the paper's 0.99 a hopper runs faster and falls sooner: 1884, not
-  3348, on average of five seeds (but Walker2d 3648, not 3115).
+- gamma is 0.995, as in the first author's code. With the paper's 0.99 a hopper runs faster and falls sooner: 1884 on
+  average of five seeds, not 3072 of ten (but Walker2d 3648, not 3087).
 
     python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: about two minutes
     python trpo_continuous.py --kl-constraint max --max-kl 0.2                # bounds the largest KL, not the mean
@@ -64,7 +64,7 @@ Departures from the paper:
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on, bit for bit
     python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__DATE    # prints one line of JSON
 
-Expect after 1M steps: Hopper-v4 2900-3500 (one of ten seeds 2100), Walker2d-v4 2500-3500, HalfCheetah-v4 1500-3900.
+Expect after 1M steps, of ten seeds: Hopper-v4 2100-3500, Walker2d-v4 1700-4100, HalfCheetah-v4 1600-5100.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
 A action dimensions, P = 2A numbers that describe the policy in one state, K numbers in theta, the policy's parameters.

@@ -109,6 +109,7 @@ def test_train_twice_in_one_process_is_the_same_run(trainer, tmp_path):
     assert tensors(trainer, tmp_path / "a") != tensors(trainer, tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_compiled_runs_of_different_shapes_in_one_process(tmp_path):
     """Compiled code must be the code of this run: other shapes and flags in between change nothing."""
     import ppo_clip
@@ -234,6 +235,7 @@ def test_rows_past_the_checkpoint_are_cut_off(trainer, tmp_path):
     assert [int(row["global_step"]) for row in rows(tmp_path / "a")] == list(range(128, 1153, 128))
 
 
+@pytest.mark.slow
 def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
     """The run or, every third time, its worker is killed at random moments of start-up and training, and the run is
     resumed each time: the same final bits."""
@@ -263,6 +265,7 @@ def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
     assert tensors(trainer, killed) == tensors(trainer, tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_a_checkpoint_that_resumes(trainer, tmp_path, cli, number):
     several, one = (["--vectorization", x] for x in ("async", "sync"))
@@ -315,6 +318,7 @@ def test_a_mistake_is_one_line(trainer, flags, message, tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("ppo")])
 def test_advantages_of_single_samples_cannot_be_normalised(name, tmp_path, capsys):
     script = importlib.import_module(name)
@@ -412,6 +416,7 @@ def test_images_are_refused(name, tmp_path, monkeypatch, capsys):
     assert "observations of shape (8, 8, 3); this script is for vectors" in one_line(capsys, name)
 
 
+@pytest.mark.slow
 @house
 def test_two_processes_in_one_folder(name, tmp_path, cli):
     script = importlib.import_module(name)
@@ -458,6 +463,7 @@ def test_a_checkpoint_of_another_network_or_observation(name, tmp_path, capsys, 
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 @one_agent
 def test_mujoco_is_imported_only_where_it_is_needed(name, tmp_path, cli, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
@@ -491,6 +497,7 @@ def test_an_environment_that_fails_in_evaluation(name, tmp_path, capsys, monkeyp
     assert "episode 0: step() raised ZeroDivisionError: a bug (test_contract.py, line " in one_line(capsys, name)
 
 
+@pytest.mark.slow
 @house
 def test_the_scripts_own_copy_resumes_its_folder(name, tmp_path, cli):
     cli(name, *small_for(importlib.import_module(name)), "--run-dir", "a", "--stop-at-step", 512)
@@ -500,6 +507,7 @@ def test_the_scripts_own_copy_resumes_its_folder(name, tmp_path, cli):
     assert json.loads(process.stdout)["global_step"] == 2048
 
 
+@pytest.mark.slow
 @house
 def test_a_copy_under_another_name_has_runs_of_its_own(name, tmp_path, cli):
     small = small_for(importlib.import_module(name))
@@ -513,6 +521,7 @@ def test_a_copy_under_another_name_has_runs_of_its_own(name, tmp_path, cli):
     assert second.returncode == 2 and re.search(rf"is of {name}.py on [\w-]+, not of my_ppo.py", second.stderr)
 
 
+@pytest.mark.slow
 @house
 def test_json_is_valid_and_a_closed_pipe_is_no_traceback(name, tmp_path, cli):
     env = ["--num-steps", 16, "--num-envs", 8] if name == "ppo_multiagent" else ["--env-id", "Pendulum-v1"]
@@ -529,6 +538,7 @@ def test_json_is_valid_and_a_closed_pipe_is_no_traceback(name, tmp_path, cli):
         assert closed.stderr.read() == "" and closed.wait() in (0, 1)
 
 
+@pytest.mark.slow
 @house
 def test_what_a_person_sees(name, tmp_path, cli):
     process = cli(name, *small_for(importlib.import_module(name)), "--run-dir", "a")
@@ -544,6 +554,7 @@ def test_what_a_person_sees(name, tmp_path, cli):
     assert finished.returncode == 0 and "nothing to do: a is at step 4096 already" in finished.stderr
 
 
+@pytest.mark.slow
 @house
 def test_the_bar_ends_whole(name, tmp_path):
     """On a terminal: one bar, one speed, and 100 % at the end also where the last iteration passes the total."""
@@ -622,6 +633,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert ppo_clip.load_checkpoint(tmp_path / "a")["global_step"] == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trainer, tmp_path, cli):
     """A limit on the size of files stands for the full disk: the write fails half-way, with an OSError as there."""
     flags = [*small_for(trainer), "--run-dir", "a"]

@@ -92,6 +92,7 @@ def test_simple_spread_equals_mpe2():
     assert not torch.allclose(view["obs"][n], seen["obs"][n])  # a new episode has begun
 
 
+@pytest.mark.slow
 def test_connect_four_equals_open_spiel():
     """Legal moves, stones, results over more than 100 000 random plies."""
     import pyspiel
@@ -410,6 +411,7 @@ def test_what_the_others_do_next_is_what_they_did():
     assert legal[r["next_alive"] > 0].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
 @pytest.mark.parametrize("share", ["--share-params", "--no-share-params"])
 def test_the_best_joint_action_is_found(algorithm, share, tmp_path):
@@ -611,6 +613,7 @@ class RockPaperScissors:
         return score * second, second
 
 
+@pytest.mark.slow
 def test_rock_paper_scissors_averages_to_a_third_each(tmp_path, monkeypatch):
     """The latest policy may cycle; the average over the run's snapshots is near the equilibrium."""
     monkeypatch.setitem(ma.GAMES, "rps", RockPaperScissors)
@@ -696,6 +699,7 @@ def test_openings_are_games_in_progress():
     assert torch.equal(world.game.boards, opening)
 
 
+@pytest.mark.slow
 def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
     flags = ["--algorithm", "selfplay", "--total-timesteps", 16384 * 8, "--snapshot-every", 2]
     train(tmp_path, *flags)
@@ -736,6 +740,7 @@ def test_mistakes_are_one_line(flags, message, tmp_path, capsys, monkeypatch):
     assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(tmp_path):
     flags = ["--num-envs", "16", "--total-timesteps", "1200", "--num-minibatches", "2"]
     agents = []

@@ -201,6 +201,7 @@ def test_a_population_to_its_end(tmp_path, mode):
     assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
+@pytest.mark.slow
 def test_same_seed_same_decisions(tmp_path):
     for name, slots in (("a", 1), ("b", 3)):
         finished(tmp_path / name, *SMALL, "--slots", slots)
@@ -385,6 +386,7 @@ def trouble_after(legs, run_dir, marks, *names):
     return thread
 
 
+@pytest.mark.slow
 def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path, marks):
     thread = trouble_after(4, tmp_path / "a", marks, "error0", "error1")
     flags = ["--slots", 1, "--", "--trouble", "error", "--marks", marks, "--seconds", 0.05]
@@ -402,6 +404,7 @@ def test_legs_that_all_fail_end_the_run(tmp_path, marks):
     assert "9 legs in a row have failed, the last with: toy_script.py: RuntimeError: an error" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legs", [0, 3])
 def test_a_leg_that_hangs_is_killed_the_first_ones_too(tmp_path, marks, legs):
     thread = trouble_after(legs, tmp_path / "a", marks, "hang")
@@ -465,6 +468,7 @@ def survivors(mark):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_twenty_sigkills_change_nothing_and_leave_no_process(tmp_path):
     flags = [*SMALL, "--", "--seconds", 0.3]  # 25 events in some 4 s
     finished(tmp_path / "whole", *flags)
@@ -491,6 +495,7 @@ def resume(run_dir):
     return ["--resume"] if events(run_dir) else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_everything_and_say_how_to_go_on(tmp_path, number):
     mark = f"pbt-signal-{os.getpid()}-{time.time()}"
@@ -572,6 +577,7 @@ def test_scripts_that_cannot_be_members(tmp_path):
         assert f"{script.name}: " in err and message in err
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_population(tmp_path):
     finished(tmp_path / "a", *SMALL)
     assert "holds a population: go on with --resume" in refused(tmp_path / "a", *SMALL)
@@ -672,6 +678,7 @@ def test_a_real_script_scored_by_evaluation(tmp_path, monkeypatch):
         assert leg["score"] == ppo_clip.evaluate(ppo_clip.parse_args(argv))["mean"]
 
 
+@pytest.mark.slow
 def test_quantile_zero_is_the_scripts_run_one_by_one_bit_for_bit(tmp_path):
     import ppo_clip
 
@@ -691,6 +698,7 @@ def test_quantile_zero_is_the_scripts_run_one_by_one_bit_for_bit(tmp_path):
         assert "run folder" in (tmp_path / "a" / f"{m.leg}.log").read_text()  # what the script said
 
 
+@pytest.mark.slow
 def test_after_a_copy_the_optimiser_has_the_new_learning_rate(tmp_path):
     """The classic silent bug: the copied optimiser state brings the donor's rate back."""
     flags = [*CARTPOLE, "--quantile", 0.5, "--resample-probability", 0, "--", *FLAGS, "--lr-schedule", "constant"]
@@ -735,6 +743,7 @@ def test_what_ray_raises_is_one_line(tmp_path, monkeypatch):
     assert refused(tmp_path / "a", *SMALL, "--executor", "ray").endswith("cannot start Ray: the node\n")
 
 
+@pytest.mark.slow
 def test_two_ray_nodes_one_of_them_killed(tmp_path):
     """The population ends as one trained locally, though a node dies with its legs."""
     ray = pytest.importorskip("ray", reason="optional package ray is not installed")
