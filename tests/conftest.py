@@ -55,7 +55,8 @@ def cli(tmp_path):
         command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
         env = os.environ | {"PYTHONPATH": str(HELPERS)}
         run = subprocess.run if wait else subprocess.Popen
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return run(command, cwd=cwd, env=env, **(pipes | kwargs))
+        defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        defaults |= {"timeout": 300} if wait else {}  # s: whoever hangs says so
+        return run(command, cwd=cwd, env=env, **(defaults | kwargs))
 
     return start

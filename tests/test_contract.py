@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HOUSE, ROOT, TRAINING
+from waiting import wait_for
 
 BASE = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4"]
 BASE += ["--no-compile", "--total-timesteps", "2048", "--checkpoint-every", "512"]
@@ -253,9 +254,7 @@ def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
         if kill % 3 == 0:
             time.sleep(chance.uniform(0, 3))
         else:  # the file changes when training begins
-            while not progress.exists() or progress.stat().st_mtime_ns == before:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.005)
+            wait_for(lambda: progress.exists() and progress.stat().st_mtime_ns != before, process)  # noqa: B023
             time.sleep(chance.uniform(0, 0.5))
         assert process.poll() is None, "the run ended before its tenth kill"
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -273,9 +272,7 @@ def test_signals_leave_a_checkpoint_that_resumes(trainer, tmp_path, cli, number)
         several, one = (["--num-workers", x] for x in (2, 0))
     flags = [*small_for(trainer), "--total-timesteps", 10_000_000, *several]
     process = cli(trainer.__name__, *flags, "--run-dir", "a", wait=False, start_new_session=True)
-    while not (tmp_path / "a" / "progress.csv").exists() or len(rows(tmp_path / "a")) < 3:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    wait_for(lambda: (tmp_path / "a" / "progress.csv").exists() and len(rows(tmp_path / "a")) >= 3, process)
     send = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches the group
     send(process.pid, number)
     out, err = process.communicate(timeout=60)
@@ -422,9 +419,7 @@ def test_two_processes_in_one_folder(name, tmp_path, cli):
     script = importlib.import_module(name)
     flags = [*small_for(script), "--total-timesteps", 10_000_000, "--run-dir", "a"]
     process = cli(name, *flags, wait=False)
-    while not (tmp_path / "a" / "progress.csv").exists() or len(rows(tmp_path / "a")) < 3:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    wait_for(lambda: (tmp_path / "a" / "progress.csv").exists() and len(rows(tmp_path / "a")) >= 3, process)
     second = cli(name, "--resume", "a")
     assert second.returncode == 2 and second.stderr == f"{name}.py: a: another process is using it\n"
     process.send_signal(signal.SIGTERM)
@@ -535,7 +530,7 @@ def test_json_is_valid_and_a_closed_pipe_is_no_traceback(name, tmp_path, cli):
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         closed.stdout.close()
-        assert closed.stderr.read() == "" and closed.wait() in (0, 1)
+        assert closed.stderr.read() == "" and closed.wait(timeout=60) in (0, 1)
 
 
 @pytest.mark.slow
@@ -567,7 +562,7 @@ def test_the_bar_ends_whole(name, tmp_path):
     with contextlib.suppress(OSError):  # the other side has closed
         while part := os.read(ours, 4096):
             seen += part
-    assert process.wait() == 0
+    assert process.wait(timeout=60) == 0
     bars = [line for line in re.split(r"[\r\n]+", seen.decode()) if "steps/s" in line]
     assert bars[-1].startswith("100%") and "1024/1024" in bars[-1] and "return" in bars[-1]
     assert all(line.count("steps/s") == 1 for line in bars)

@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from waiting import wait_for
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 reproduce = importlib.import_module("reproduce")
@@ -59,14 +59,12 @@ def test_a_stopped_grid_goes_on_without_repeating_finished_runs(tmp_path):
         process = subprocess.Popen(
             command(tmp_path, "truncation", *flags), stderr=subprocess.PIPE, start_new_session=True
         )
-        while not (reproduce.read("truncation", tmp_path / "results") and running(tmp_path)):
-            time.sleep(0.05)
-            assert process.poll() is None
+        wait_for(lambda: reproduce.read("truncation", tmp_path / "results") and running(tmp_path), process)
         if how == signal.SIGTERM:
             process.terminate()
         else:
             os.killpg(process.pid, how)
-        assert process.wait() == status
+        assert process.wait(timeout=60) == status
         assert how == signal.SIGKILL or not running(tmp_path)
     before = {path: path.stat().st_mtime for path in (tmp_path / "runs").glob("*/*/progress.csv")}
     done = set(reproduce.read("truncation", tmp_path / "results"))

@@ -13,6 +13,7 @@ import test_contract
 import torch
 from conftest import HELPERS, HOUSE, ROOT
 from test_contract import rows, run, tensors
+from waiting import wait_for
 
 house = pytest.mark.parametrize("name", HOUSE)
 
@@ -36,14 +37,6 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition, process=None, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "waited in vain"
-        assert process is None or process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
 
 
 def started(cli, tmp_path, name, *flags, iterations=3):
