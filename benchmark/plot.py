@@ -4,6 +4,8 @@
     python benchmark/plot.py learning-curves    # the figure of the first page
     python benchmark/plot.py klpen-beta         # KL and beta of ppo_klpen.py over a run
     python benchmark/plot.py notes              # one TRPO step, by the scripts' own functions (a minute)
+    python benchmark/plot.py agreement          # how far batches agree on TRPO's next step (ten minutes)
+    python benchmark/plot.py runs RUN ...       # run folders of your own: runs.png
     python benchmark/plot.py film RUN RUN RUN   # the looping picture of the first page, from three run folders
 
 The interval in ppo-table1's table needs scipy: pip install -r benchmark/requirements.txt
@@ -12,6 +14,7 @@ The interval in ppo-table1's table needs scipy: pip install -r benchmark/require
 import csv
 import gzip
 import importlib
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -52,11 +55,12 @@ FIGURE3 = {  # PPO paper, Figure 3 (v1): the curves' ends, as Tianshou's authors
 # ---- studies of reproduce.py -----------------------------------------------------------------------------------------
 
 
-def finals(study, results):
-    """{(setting, env): {seed: last episodic_return}}"""
+def returns(study, results, at=None):
+    """{(setting, env): {seed: episodic_return}} at the end, or at the stored point that is nearest to a step."""
     found = {}
     for (setting, env, seed), rows in read(study, results).items():
-        found.setdefault((setting, env), {})[seed] = float(rows[-1]["episodic_return"])
+        row = min(rows, key=lambda row: abs(int(row["step"]) - at)) if at else rows[-1]
+        found.setdefault((setting, env), {})[seed] = float(row["episodic_return"])
     return found
 
 
@@ -86,16 +90,18 @@ def interval(values):
 
 def table(study, results):
     """A markdown table: one row per setting, one column per environment (mean ± std over seeds)."""
-    found = finals(study, results)
+    found, at = returns(study, results), STUDIES[study].at
     envs = [env for env in STUDIES[study].envs if any(e == env for _, e in found)]
     settings = [s.name for s in STUDIES[study].settings if any(setting == s.name for setting, _ in found)]
     scores = normalised(found, envs) if study == "ppo-table1" else {}
-    head = ["setting", *envs] + (["normalised, 95 % interval", "paper"] if scores else [])
+    columns = [(env, step) for env in envs for step in (*at, None)]
+    heads = [f"{env}, {step or STUDIES[study].steps:,} steps" if at else env for env, step in columns]
+    head = ["setting", *heads] + (["normalised, 95 % interval", "paper"] if scores else [])
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for setting in settings:
         cells = [setting]
-        for env in envs:
-            x = list(found.get((setting, env), {}).values())
+        for env, step in columns:
+            x = list(returns(study, results, step).get((setting, env), {}).values())
             digits = 0 if x and abs(statistics.fmean(x)) >= 100 else 1
             spread = f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else ""
             cells.append(f"{statistics.fmean(x):.{digits}f}{spread} ({len(x)})" if x else "")
@@ -133,6 +139,36 @@ LABELS = {
 }
 
 
+def mean_and_range(axis, series, colour, label):
+    """Mean over several runs, and the range of them. series: for each run its (step, value) pairs, as text."""
+    series = [np.array(x, float).T for x in series]
+    steps = min((x[0] for x in series), key=lambda steps: steps[-1])
+    y = [np.interp(steps, *x) for x in series]
+    axis.plot(steps, np.mean(y, 0), color=colour, label=label)
+    axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=colour, alpha=0.15, lw=0)
+
+
+def runs(*folders):
+    """Run folders of your own: the return of each script, mean and range over its runs, one panel for each environment.
+    Writes runs.png into the present folder."""
+    found = {}  # {env: {script: [rows]}}
+    for folder in map(Path, folders):
+        env, script = json.loads((folder / "args.json").read_text())["env_id"], next(folder.glob("*.py")).stem
+        rows = csv.DictReader((folder / "progress.csv").read_text().splitlines())
+        pairs = [(row["global_step"], row["episodic_return"]) for row in rows if row["episodic_return"] != "nan"]
+        found.setdefault(env, {}).setdefault(script, []).extend([pairs] if pairs else [])
+    scripts = sorted({script for by_script in found.values() for script in by_script})
+    size = (5 * len(found), 4)
+    figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
+    for axis, (env, by_script) in zip(axes[0], found.items(), strict=True):
+        for script, series in by_script.items():
+            label = f"{script} ({len(series)} run{'s' * (len(series) > 1)})"
+            mean_and_range(axis, series, f"C{scripts.index(script)}", label)
+        axis.set(title=env, xlabel="environment steps", ylabel=LABELS["episodic_return"])
+        axis.legend()
+    figure.savefig("runs.png", dpi=110)
+
+
 def curves(study, results):
     """One panel per environment: mean over seeds of every setting, and the range of its seeds. figure3: dashed, where
     the paper's curve ends. kl-adaptive-lr: below it the KL, its target dashed, and the learning rate."""
@@ -150,11 +186,8 @@ def curves(study, results):
             series = [data for (s, e, _), data in sorted(runs.items()) if (s, e) == (setting, env)]
             if not series:
                 continue
-            steps = np.array([float(row["step"]) for row in series[0]])
-            y = [np.interp(steps, *np.array([(r["step"], r[quantity]) for r in x], float).T) for x in series]
             colour = f"C{i}" if i < 10 else "k"
-            axis.plot(steps, np.mean(y, 0), color=colour, label=setting)
-            axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=colour, alpha=0.15, lw=0)
+            mean_and_range(axis, [[(r["step"], r[quantity]) for r in x] for x in series], colour, setting)
             if study == "figure3":
                 axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1)
         if quantity == "kl":
@@ -334,11 +367,64 @@ def notes():
     figure.savefig(IMAGES / "notes.png", dpi=100)
 
 
+def direction_agreement(trpo, folder, batches=6):
+    """How far batches of one and the same policy agree on where to go: the mean correlation of their natural gradients,
+    x'Fy / sqrt(x'Fx y'Fy) with F y = the other batch's gradient. 1: no noise; 0: nothing but noise."""
+    import torch
+    from torch.nn.utils import parameters_to_vector
+
+    checkpoint = trpo.load_checkpoint(folder)
+    args, found = trpo.Args(**checkpoint["args"] | {"num_workers": 0}), []
+    env = trpo.make_env(args.env_id)
+    agent = trpo.Agent(env.observation_space.shape[0], env.action_space)
+    trpo.load_weights(agent, checkpoint)
+    theta = parameters_to_vector(trpo.policy_part(agent).values()).detach()
+    with trpo.Actors(args, agent) as actors:
+        for seed in range(batches):
+            torch.manual_seed(seed)
+            actors.collect(agent, seed=(seed, 0))
+            rollout = actors.collect(agent)  # the second one, since in training most episodes are under way, too
+            data = trpo.make_batch(agent, rollout, args.gamma, args.gae_lambda)
+            data["advantage"] -= data["advantage"].mean()
+            found.append(trpo.natural_gradient(agent, theta, data, args)[1:3])
+    size = [(g @ x).sqrt() for g, x in found]
+    pairs = [(i, j) for i in range(batches) for j in range(batches) if i != j]
+    return statistics.fmean((found[i][0] @ found[j][1] / (size[i] * size[j])).item() for i, j in pairs)
+
+
+def agreement():
+    """Why TRPO unlearns a pendulum: InvertedDoublePendulum-v4 beside Hopper-v4, seed 101. Above, the return; below, how
+    far batches agree on the direction of the next step. Trains as it goes; some ten minutes of one core."""
+    trpo = importlib.import_module("trpo_continuous")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 4.6), sharex=True, layout="constrained")
+    stored = {}
+    for column, env in zip(axes.T, ("InvertedDoublePendulum-v4", "Hopper-v4"), strict=True):
+        points, folder = [], ROOT / f"runs/agreement/{env}"
+        for stop in range(20_480, 409_601, 20_480):
+            begun = (folder / "checkpoint.pt").exists()
+            flags = ["--resume", folder] if begun else ["--env-id", env, "--seed", 101, "--run-dir", folder]
+            argv = map(str, [*flags, "--num-workers", 0, "--no-compile", "--stop-at-step", stop])
+            summary = trpo.train(trpo.parse_args(list(argv)))
+            points.append((stop, summary["episodic_return"], direction_agreement(trpo, folder)))
+        stored[env] = points
+        steps, returns, directions = zip(*points, strict=True)
+        column[0].plot(steps, returns)
+        column[0].set(title=env)
+        column[1].plot(steps, directions, "C1")
+        column[1].axhline(0, color="0.7", lw=0.8)
+        column[1].set(xlabel="environment steps")
+    axes[0, 0].set(ylabel="return")
+    axes[1, 0].set(ylabel="agreement of batches")
+    (RESULTS / "agreement.json").write_text(json.dumps(stored, indent=1) + "\n")
+    figure.savefig(IMAGES / "agreement.png", dpi=110)
+
+
 def main():
-    names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film}
+    names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film, "runs": runs}
+    names["agreement"] = agreement
     name, *folders = sys.argv[1:] or [None]
-    if name not in {*names, *STUDIES} or bool(folders) != (name == "film"):
-        sys.exit(f"usage: python benchmark/plot.py [{' | '.join([*names, *STUDIES])}], film with run folders")
+    if name not in {*names, *STUDIES} or bool(folders) != (name in ("film", "runs")):
+        sys.exit(f"usage: python benchmark/plot.py [{' | '.join([*names, *STUDIES])}], film and runs with run folders")
     if name in names:
         names[name](*folders)
         return

@@ -57,6 +57,7 @@ class Study:
     envs: tuple
     seeds: int = 3
     steps: int = 1_000_000
+    at: tuple = ()  # steps before the end at which the table reads the return, too
 
     def runs(self):
         return [(s, env, seed) for seed in range(1, self.seeds + 1) for s in self.settings for env in self.envs]
@@ -72,6 +73,10 @@ def klpen(name, *flags):
 
 def trpo(name, *flags):
     return Setting(name, "trpo_continuous.py", flags)
+
+
+def team(name, *flags):
+    return Setting(name, "ppo_multiagent.py", flags)
 
 
 def sb3(name, *flags):
@@ -103,7 +108,18 @@ FLAGS += [clip("ppo_clip.py --num-envs 1 --num-steps 2048", "--num-envs", 1, "--
 FLAGS += [clip("ppo_clip.py --num-envs 64 --num-steps 32", "--num-envs", 64, "--num-steps", 32)]
 FLAGS += [klpen("ppo_klpen.py --beta-schedule fixed", "--beta-schedule", "fixed")]
 FLAGS += [trpo("trpo_continuous.py --gamma 0.99", "--gamma", 0.99)]
+PENDULUMS = [clip("ppo_clip.py"), trpo("trpo_continuous.py"), *BASELINES[:2]]
 TERMINAL = Setting("time limit taken as the end", "ppo_clip.py", (), "terminal_envs:{}-terminal-v0")
+IPPO, ONE = ("--algorithm", "ippo"), ("--num-minibatches", 1)
+SPREAD = [team("MAPPO"), team("MAPPO, V(s, a^-g)", "--critic-input", "state-actions"), team("IPPO", *IPPO)]
+SPREAD += [team("MAPPO, one minibatch", *ONE), team("IPPO, one minibatch", *IPPO, *ONE)]
+WIDE = ("--hidden-size", 128)
+LONG = [team("MAPPO, width 128", *WIDE), team("IPPO, width 128", *IPPO, *WIDE)]
+LISTENER = team("MAPPO, no shared parameters, 15 epochs", "--no-share-params", "--update-epochs", 15)
+BODY = ("--env-kwargs", '{"scenario": "HalfCheetah", "agent_conf": "2x3"}', "--no-share-params")
+BODY += ("--num-envs", 8, "--num-steps", 256, "--num-minibatches", 32, "--learning-rate", 3e-4, "--ent-coef", 0)
+BODY += ("--max-grad-norm", 0.5)
+LISTENERS, REFERENCE = ("mpe2.simple_speaker_listener_v4",), ("mpe2.simple_reference_v3",)
 
 STUDIES = {
     "v4": Study("the three scripts with default flags", tuple(V4), MUJOCO, 10),
@@ -114,9 +130,17 @@ STUDIES = {
     "figure3": Study("PPO paper, Figure 3: PPO-clip and TRPO", (clip("PPO (clip)"), trpo("TRPO")), SEVEN),
     "trpo-forms": Study("the notes' forms of TRPO", tuple(FORMS), ("Hopper-v4", "Walker2d-v4")),
     "kl-adaptive-lr": Study("notes §2.2: learning-rate schedules", tuple(LR), MUJOCO),
+    "pendulums": Study(
+        "solved, and unlearned again", tuple(PENDULUMS), ("InvertedDoublePendulum-v4", "InvertedPendulum-v4")
+    ),
     "truncation": Study(
         "bootstrap at time limits, or not", (clip("bootstrapped"), TERMINAL), ("Pendulum-v1", "Reacher-v4"), 5, 300_000
     ),
+    "spread": Study("three agents, three landmarks", tuple(SPREAD), ("simple_spread",), 3, 550_000, (100_000,)),
+    "spread-10M": Study("the same, longer", tuple(LONG), ("simple_spread",), 3, 10_000_000, (100_000, 550_000)),
+    "listener": Study("one speaks, one moves", (LISTENER,), LISTENERS, 3, 2_000_000, (220_000,)),
+    "reference": Study("both speak and move", (team("MAPPO"),), REFERENCE, 3, 2_000_000, (190_000,)),
+    "two-bodies": Study("MaMuJoCo, HalfCheetah 2x3", (team("MAPPO", *BODY),), ("gymnasium_robotics.mamujoco_v1",)),
 }
 
 
