@@ -2,6 +2,7 @@
 
     python benchmark/speed.py ppo       # ppo_clip.py and ppo_klpen.py beside SB3's PPO
     python benchmark/speed.py trpo      # trpo_continuous.py beside sb3-contrib's TRPO
+    python benchmark/speed.py teams     # ppo_multiagent.py's algorithms on its built-in worlds, one core
     python benchmark/speed.py workers   # collecting with one process and with one for each core, rollout by rollout
     python benchmark/speed.py gpu       # what --cuda brings on this machine: benchmark/gpu_speed.py
 
@@ -131,6 +132,15 @@ class Contenders:
             "trpo_continuous.py, 2 cores": lambda: self.ours(script, two, *same, "--compile"),
         }
 
+    def teams(self):
+        one, script = {0}, "ppo_multiagent.py"
+        selfplay = ["--algorithm", "selfplay", "--compile", "--total-timesteps", 4 * self.steps]
+        return {
+            "MAPPO, simple_spread": lambda: self.ours(script, one, "--compile"),
+            "IPPO, simple_spread": lambda: self.ours(script, one, "--algorithm", "ippo", "--compile"),
+            "self-play, connect_four, learner's moves": lambda: self.ours(script, one, *selfplay),
+        }
+
 
 def workers(repeats):
     """Milliseconds of a rollout in one process and in one for each core, taking turns within this program; beside them
@@ -174,7 +184,7 @@ def workers(repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=("ppo", "trpo", "workers", "gpu"))
+    parser.add_argument("group", choices=("ppo", "trpo", "teams", "workers", "gpu"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100_000)
     args, rest = parser.parse_known_args()
@@ -189,12 +199,13 @@ def main():
         workers(40)
         return
     sb3_python = ROOT / ".venv-sb3/bin/python"
-    if not sb3_python.exists():
+    if args.group != "teams" and not sb3_python.exists():
         subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-sb3"], check=True)
         subprocess.run([sb3_python, "-m", "pip", "install", "-q", *SB3], check=True)
     measure = Contenders(args.steps)
     contenders = getattr(measure, args.group)()
-    for script in {"ppo": ("ppo_clip.py", "ppo_klpen.py"), "trpo": ("trpo_continuous.py",)}[args.group]:
+    scripts = {"ppo": ("ppo_clip.py", "ppo_klpen.py"), "trpo": ("trpo_continuous.py",), "teams": ("ppo_multiagent.py",)}
+    for script in scripts[args.group]:
         measure.ours(script, {0}, "--compile", "--total-timesteps", 20_480)  # fills the compiler's cache
     results = {name: [] for name in contenders}
     for repeat in range(args.repeats):
@@ -205,7 +216,9 @@ def main():
     baseline_name, baseline = next(iter(results.items()))
     baseline = statistics.median(r["sps"] for r in baseline)
     print(f"\n{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(SB3)}\n")
-    print(f"| Hopper-v4 | steps/s (median) | range | x {baseline_name.split()[0]} | start-up, s | peak memory, MB |")
+    task = "several agents, 1 core" if args.group == "teams" else "Hopper-v4"
+    first = baseline_name.split()[0].strip(",")
+    print(f"| {task} | steps/s (median) | range | x {first} | start-up, s | peak memory, MB |")
     print("| --- | ---: | --- | ---: | ---: | ---: |")
     for name, rows in results.items():
         sps = sorted(r["sps"] for r in rows)

@@ -47,11 +47,6 @@ def test_the_scores_of_the_first_page_are_those_of_the_stored_runs(monkeypatch):
         assert re.search(rf"^\| \[`{script}`\].*\| {cell} \|", README, flags=re.M), f"{script}: {cell}"
 
 
-@pytest.mark.parametrize("table", ["table", "strength_table"])
-def test_tables_of_several_agents_are_made_from_the_stored_curves(table):
-    assert getattr(loaded(ROOT / "benchmark/multiagent.py"), table)() in TEXT["ppo_multiagent.md"]
-
-
 def test_the_first_page_is_short():
     assert len(README.split()) <= 900
     command = next(line for line in README.splitlines() if line.endswith("-m pytest"))
