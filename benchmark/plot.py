@@ -367,9 +367,9 @@ def notes():
     figure.savefig(IMAGES / "notes.png", dpi=100)
 
 
-def direction_agreement(trpo, folder, batches=6):
-    """How far batches of one and the same policy agree on where to go: the mean correlation of their natural gradients,
-    x'Fy / sqrt(x'Fx y'Fy) with F y = the other batch's gradient. 1: no noise; 0: nothing but noise."""
+def direction_agreement(trpo, folder, seeds=range(6)):
+    """How far batches of one policy, one batch for each seed, agree on where to go: the mean correlation of their
+    natural gradients, x'Fy / sqrt(x'Fx y'Fy) with F y = the other batch's gradient. 1: no noise; 0: only noise."""
     import torch
     from torch.nn.utils import parameters_to_vector
 
@@ -380,7 +380,7 @@ def direction_agreement(trpo, folder, batches=6):
     trpo.load_weights(agent, checkpoint)
     theta = parameters_to_vector(trpo.policy_part(agent).values()).detach()
     with trpo.Actors(args, agent) as actors:
-        for seed in range(batches):
+        for seed in seeds:
             torch.manual_seed(seed)
             actors.collect(agent, seed=(seed, 0))
             rollout = actors.collect(agent)  # the second one, since in training most episodes are under way, too
@@ -388,7 +388,7 @@ def direction_agreement(trpo, folder, batches=6):
             data["advantage"] -= data["advantage"].mean()
             found.append(trpo.natural_gradient(agent, theta, data, args)[1:3])
     size = [(g @ x).sqrt() for g, x in found]
-    pairs = [(i, j) for i in range(batches) for j in range(batches) if i != j]
+    pairs = [(i, j) for i in range(len(found)) for j in range(len(found)) if i != j]
     return statistics.fmean((found[i][0] @ found[j][1] / (size[i] * size[j])).item() for i, j in pairs)
 
 

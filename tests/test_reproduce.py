@@ -131,3 +131,23 @@ def test_settings_are_frozen_and_distinct():
         assert len({(s.script, s.flags, s.env) for s in study.settings}) == len(study.settings)
         with pytest.raises(dataclasses.FrozenInstanceError):
             study.steps = 1
+
+
+def test_run_folders_of_ones_own_are_drawn(tmp_path, monkeypatch):
+    for name, last in (("a", 3), ("b", 2), ("c", 0)):  # c: no episode has ended
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text('{"env_id": "CartPole-v1"}')
+        (tmp_path / name / "my_ppo.py").touch()
+        rows = [f"{128 * i},{10.0 * i if last else 'nan'}" for i in range(1, last + 2)]
+        (tmp_path / name / "progress.csv").write_text("\n".join(["global_step,episodic_return", *rows]))
+    monkeypatch.chdir(tmp_path)
+    plot.runs("a", "b", "c")
+    assert (tmp_path / "runs.png").stat().st_size > 5000
+
+
+def test_equal_batches_agree(tmp_path):
+    trpo = importlib.import_module("trpo_continuous")
+    flags = ["--env-id", "Pendulum-v1", "--num-envs", "4", "--num-steps", "64", "--total-timesteps", "256"]
+    trpo.train(trpo.parse_args([*flags, "--num-workers", "0", "--run-dir", str(tmp_path / "run")]))
+    assert plot.direction_agreement(trpo, tmp_path / "run", (7, 7)) == pytest.approx(1, abs=0.02)  # CG is not exact
+    assert plot.direction_agreement(trpo, tmp_path / "run", (7, 8, 9)) < 0.9
