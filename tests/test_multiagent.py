@@ -799,3 +799,17 @@ def test_resuming_as_something_else_is_one_line(flags, message, tmp_path, capsys
     assert ma.main(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b"), *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (tmp_path / "b").exists()
+
+
+def test_defaults_are_those_that_the_stored_results_were_made_with():
+    """Another default is another algorithm, and has to be one on purpose."""
+    papers = {"num_envs": 128, "num_steps": 25, "hidden_size": 64, "learning_rate": 7e-4, "update_epochs": 10}
+    papers |= {"gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "ent_coef": 0.01, "max_grad_norm": 10.0}
+    ours = {"num_minibatches": 4, "vf_coef": 0.5, "norm_adv": True, "norm_obs": True, "share_params": True}
+    ours |= {"algorithm": "mappo", "critic_input": "state", "team_reward": "sum", "lr_schedule": "linear"}
+    ours |= {"env_id": "simple_spread", "env_kwargs": "{}", "num_workers": ma.CORES}
+    selfplay = {"latest_prob": 0.5, "opening_plies": 0, "snapshot_every": 10, "pool_size": 32}
+    contract = {"total_timesteps": 1_000_000, "seed": 1, "cuda": False, "compile": True, "run_dir": None}
+    contract |= {"checkpoint_every": 100_000, "resume": None, "stop_at_step": None, "evaluate": None}
+    contract |= {"eval_episodes": 10, "capture_video": False}
+    assert vars(ma.Args()) == papers | ours | selfplay | contract
