@@ -28,6 +28,12 @@ HOUSE = [name for name in CONTRACT if "Actors:" in (ROOT / f"{name}.py").read_te
 HOUSE = [name for name in HOUSE if "class Run:" in (ROOT / f"{name}.py").read_text()]
 
 
+def pytest_collection_modifyitems(config, items):
+    """The slow tests first where several processes share the work, so that none waits for the others at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers_every_time():
     torch.manual_seed(0)

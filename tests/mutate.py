@@ -160,6 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", choices=TESTS)
     parser.add_argument("--sample", type=int, default=320)
+    parser.add_argument("--skip", type=int, default=0, help="of the sample, leave out as many: they were done before")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[""], help="of the sample, only what holds one of these texts")
     parser.add_argument("--timeout", type=int, default=30, help="seconds of CPU; a mutant that takes more is killed")
@@ -169,7 +170,7 @@ def main():
     order = sorted(
         mutants, key=lambda name: random.Random(f"{args.seed} {name}").random()
     )  # other mutants change little
-    drawn = [name for name in order[: args.sample] if any(text in name for text in args.only)]
+    drawn = [name for name in order[args.skip : args.sample] if any(text in name for text in args.only)]
     with tempfile.TemporaryDirectory() as whole:
         for path in (*ROOT.glob("*.py"), *ROOT.glob("*.t*")):
             shutil.copy2(path, whole)

@@ -71,6 +71,8 @@ def become_fresh(given, pipes):
     multiprocessing.resource_tracker._resource_tracker.__init__()  # the parent's is at the other end of a closed pipe
     logging.getLogger().handlers.clear()
     warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)  # as Python has them
     warnings.showwarning = warnings._showwarning_orig
 
 
@@ -85,6 +87,9 @@ def run(argv):
     except BaseException:
         traceback.print_exc()
         status = 1
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # which a script should have seen to
+        print(f"Exception ignored: {error!r}", file=sys.stderr)
+        status = 120
     return status
