@@ -27,7 +27,7 @@ class MyEnv(gym.Env):
 gym.register("MyEnv-v0", MyEnv)
 """
 FLAGS = ["--env-id", "my_module:MyEnv-v0", "--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4"]
-FLAGS += ["--total-timesteps", "8192", "--no-compile", "--run-dir", "run"]
+FLAGS += ["--total-timesteps", "16384", "--no-compile", "--run-dir", "run"]
 
 TERM = """    logged["l2"] = sum(p.square().sum() for p in agent.actor.parameters())
     return loss + 1e-4 * logged["l2"], logged
@@ -64,7 +64,7 @@ def test_an_edited_copy_learns(name, edit, tmp_path, cli):
         return json.loads(process.stdout.splitlines()[-1])
 
     rate = ["--learning-rate", "1e-3"]
-    assert run(*FLAGS, *rate, "--num-workers", "2")["global_step"] == 8192
+    assert run(*FLAGS, *rate, "--num-workers", "2")["global_step"] == 16384
     with open(tmp_path / "run" / "progress.csv") as file:
         rows = list(csv.DictReader(file))
     first, last = float(rows[0]["episodic_return"]), float(rows[-1]["episodic_return"])

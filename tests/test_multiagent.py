@@ -206,6 +206,7 @@ def check_advantages(args, r, team):
         if r["alive"][t, n, g]:
             assert advantage[t, n, g].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
     torch.testing.assert_close(returns, advantage + v)
+    torch.testing.assert_close(batch["return"].view(T, N, G), (returns - mean) / std)
 
 
 @pytest.mark.parametrize("team_reward", ["sum", "none"])
@@ -813,3 +814,25 @@ def test_defaults_are_those_that_the_stored_results_were_made_with():
     contract |= {"checkpoint_every": 100_000, "resume": None, "stop_at_step": None, "evaluate": None}
     contract |= {"eval_episodes": 10, "capture_video": False}
     assert vars(ma.Args()) == papers | ours | selfplay | contract
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_learning_rate_falls_to_zero_over_the_run(schedule, tmp_path):
+    train(tmp_path, "--num-envs", 4, "--total-timesteps", 400, "--lr-schedule", schedule)
+    rates = [float(row["learning_rate"]) for row in csv.DictReader(open(tmp_path / "progress.csv"))]
+    expected = [1, 0.75, 0.5, 0.25] if schedule == "linear" else [1] * 4
+    assert rates == pytest.approx([7e-4 * x for x in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_statistics_are_those_of_every_learners_own_living_samples(share):
+    team, rng = make_team(Space(), share=share), torch.Generator().manual_seed(0)
+    r = {"obs": torch.randn(20, 5, 3, 4, generator=rng), "state": torch.randn(20, 5, 6, generator=rng)}
+    r["alive"], returns = (torch.rand(20, 5, 3, generator=rng) < 0.7).float(), torch.arange(300.0).view(20, 5, 3)
+    team.update_statistics(r, returns)
+    for p in range(team.P):
+        alive = r["alive"] * (1 if share else torch.eye(3)[p])
+        for rms, x in ((team.value_rms[p], returns[alive > 0]), (team.obs_rms[p], r["obs"][alive > 0])):
+            torch.testing.assert_close(rms.mean, x.double().mean(0))
+            torch.testing.assert_close(rms.var, x.double().var(0, correction=0))
+    torch.testing.assert_close(team.state_rms[0].mean, r["state"].flatten(0, 1).double().mean(0))

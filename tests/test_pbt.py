@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -170,6 +171,9 @@ def test_one_step_multiplies():
     assert {round(h.perturb(1e-4, rng) / 1e-4, 9) for _ in range(50)} == {0.8, 1.2}
     assert {round((1 - gamma.perturb(0.99, rng)) / 0.01, 9) for _ in range(50)} == {0.8, 1.2}
     assert {h.perturb(1e-3, rng) for _ in range(50)} == {1e-3, 0.8e-3}
+    assert 4900 < sum(h.perturb(1e-4, rng) > 1e-4 for _ in range(10_000)) < 5100
+    small = pbt.Hyperparameter.parse("n:int:1:8")
+    assert {small.perturb(2, rng) for _ in range(50)} == {1, 3}  # 20 percent would be nothing
 
 
 def test_integers_and_categories():
@@ -189,6 +193,7 @@ def test_resampling_probability():
 
 BAD = ["x", "x:log:0:1", "x:lin:2:1", "x:cat", "x:what:0:1", "gamma:log:0.9:1", "x:lin:a:b", "x:lin:0:inf"]
 BAD += ["x:lin:nan:nan", "x:lin:-inf:inf", "x:int:0.5:2", "x:cat:a,,b", "x:lin:1", "x:lin:1:2:3", "x:int:0:inf"]
+BAD += ["x:lin:-1e308:1e308"]  # further apart than there are numbers
 
 
 @pytest.mark.parametrize("text", BAD)
@@ -240,6 +245,8 @@ def test_a_population_to_its_end(tmp_path, mode):
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert names == {"best.pt", "lineage.png", "schedule.png", "events.jsonl", *(f"m{j:02d}" for j in range(4))}
     assert len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) <= 4 + 1  # one a member, and the best
+    line = r"^member \d, step \d00, score -?[\d.]+, learning_rate [\d.]+$"
+    assert len(re.findall(line, err, flags=re.M)) == len(legs)
     assert "to evaluate: python" in err and "learning_rate" in err and "copies member" in err
     assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
@@ -277,6 +284,11 @@ def test_the_lineage_of_a_population_with_many_legs():
     population = pbt.Population(pbt.Args(TOY))
     population.legs = {f"{i}": {"source": f"{i - 1}" if i else None} for i in range(5000)}
     assert population.lineage("4999") == [str(i) for i in range(5000)]
+
+
+def test_what_a_person_reads():
+    values = {"x": 0.123456, "n": 12345, "f": "tanh", "score": None}
+    assert pbt.readable(values) == "x 0.1235, n 12345, f tanh, score None"
 
 
 def test_one_member_never_exploits(tmp_path):
@@ -552,6 +564,21 @@ def test_signals_stop_everything_and_say_how_to_go_on(tmp_path, number):
     finished(tmp_path / "b", *SMALL)
     a, b = (decisions(tmp_path / x) for x in "ab")
     assert a == b
+
+
+def test_a_signal_ends_the_loop_and_the_summary_names_it(tmp_path):
+    class Signalled(Inline):
+        def start(self, request):
+            if len(events(tmp_path / "a", "leg")) == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().start(request)
+
+    out, err = finished(tmp_path / "a", *SMALL, "--slots", 1, status=128 + signal.SIGTERM, slot=Signalled)
+    assert json.loads(out)["signal"] == signal.SIGTERM and "to go on:" in err and "to evaluate" not in err
+    assert len(events(tmp_path / "a", "leg")) < 8
+    finished(tmp_path / "a", *SMALL, "--slots", 1, "--resume")
+    finished(tmp_path / "b", *SMALL)
+    assert decisions(tmp_path / "a") == decisions(tmp_path / "b")
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
