@@ -408,6 +408,7 @@ def test_what_the_others_do_next_is_what_they_did():
     torch.testing.assert_close(seen[0], r["action"])
     inside = r["over"][:-1] == 0
     assert torch.equal(seen[1][:-1][inside], r["action"][1:][inside])
+    assert not torch.equal(seen[1][:-1][~inside], r["action"][1:][~inside])
     legal = r["next_legal"].gather(-1, seen[1].unsqueeze(-1))[..., 0]
     assert legal[r["next_alive"] > 0].all()
 
@@ -836,3 +837,14 @@ def test_statistics_are_those_of_every_learners_own_living_samples(share):
             torch.testing.assert_close(rms.mean, x.double().mean(0))
             torch.testing.assert_close(rms.var, x.double().var(0, correction=0))
     torch.testing.assert_close(team.state_rms[0].mean, r["state"].flatten(0, 1).double().mean(0))
+    for p in range(3 if not share else 0):  # and each learner's observations are scaled by its own
+        torch.testing.assert_close(team.scaled_obs(r["obs"])[:, :, p], team.obs_rms[p](r["obs"][:, :, p]))
+
+
+def test_actions_of_a_box_are_the_mean_and_noise_times_the_standard_deviation():
+    team = make_team(Space(action_space=Box(-1, 1, (2,))), norm_obs=False)
+    team.log_std.data.copy_(torch.tensor([[-1.0, 0.5]]))
+    obs, legal, noise = torch.randn(8, 3, 4), torch.ones(8, 3, 2, dtype=torch.bool), torch.randn(8, 3, 2)
+    distribution = team.policy(obs, legal).base_dist
+    torch.testing.assert_close(team.act(obs, legal, noise), distribution.loc + distribution.scale * noise)
+    torch.testing.assert_close(distribution.scale[0, 0], torch.tensor([-1.0, 0.5]).exp())

@@ -61,7 +61,7 @@ def finished(run_dir, *flags, status=0, script=TOY, slot=Inline, figures=False):
     waits = not issubclass(slot, Inline) or "ray" in flags
 
     def limited(seconds):  # no population is endless, and where nobody is waited for, none is slow
-        assert next(calls) < (12_000 if waits else 1000), "the launcher comes to no end"
+        assert next(calls) < (12_000 if waits else 300), "the launcher comes to no end"
         sleep(seconds if waits else 0)
 
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
@@ -465,6 +465,40 @@ def test_a_leg_that_hangs_is_killed_the_first_ones_too(tmp_path, marks, legs):
     (failed,) = events(tmp_path / "a", "failed")
     assert "hung: no result after 2 s (see --leg-timeout)" in failed["error"]
     assert len(events(tmp_path / "a", "leg")) == 20
+
+
+def test_a_leg_past_the_limit_is_killed_and_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(pbt.Population, "time_limit", lambda self: -1.0)
+    killed = []
+
+    class Hanging(Inline):
+        def start(self, request):
+            super().start(request)
+            if "train" in request and not killed:
+                self.result, self.kill = None, lambda: killed.append(request)
+
+    _, err = finished(tmp_path / "a", *SMALL, "--slots", 1, slot=Hanging)
+    (failed,) = events(tmp_path / "a", "failed")
+    assert failed["error"] == "m00/t001 hung: no result after 0 s (see --leg-timeout)" in err
+    assert len(events(tmp_path / "a", "leg")) == 20
+
+
+def test_the_bar_counts_the_steps_of_all_members(tmp_path, monkeypatch):
+    class Bar:
+        def __init__(self, total, initial, **_):
+            self.n = initial
+            shown.append((initial, total))
+
+        def update(self, n):
+            self.n += n
+            shown.append(self.n)
+
+        write = close = lambda *_, **__: None
+
+    shown = []
+    monkeypatch.setattr(pbt, "tqdm", Bar)
+    finished(tmp_path / "a", *SMALL, "--quantile", 0)
+    assert shown == [(0, 2000), *range(100, 2001, 100)]
 
 
 def test_once_legs_have_finished_their_median_is_the_limit():
