@@ -69,7 +69,13 @@ def finished(run_dir, *flags, status=0, script=TOY, slot=Inline, figures=False):
         patch.setattr(pbt.time, "sleep", limited)
         if not figures:  # they take longer than a population
             patch.setattr(pbt, "draw", lambda population: None)
-        assert pbt.main([script, "--run-dir", str(run_dir), *map(str, flags)]) == status, err.getvalue()
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.getsignal(number) for number in numbers]
+        try:
+            assert pbt.main([script, "--run-dir", str(run_dir), *map(str, flags)]) == status, err.getvalue()
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)  # those of the launcher are not for pytest
     assert "Traceback" not in err.getvalue()
     return out.getvalue(), err.getvalue()
 
@@ -312,6 +318,9 @@ def test_replay_follows_the_winners_schedule(tmp_path):
     finished(tmp_path / "a", *SMALL)
     winner = pbt.load_population(tmp_path / "a")
     chain = [winner.legs[leg] for leg in winner.lineage(winner.best)]
+    schedule = pbt.winners_schedule(tmp_path / "a")
+    assert schedule == [(leg["step"], leg["hyper"]) for leg in chain] + [(math.inf, chain[-1]["hyper"])]
+    assert schedule[1][1] != schedule[-1][1]
     content = (tmp_path / "a" / "events.jsonl").read_bytes()
     flags = ["--interval", 100, "--total-timesteps", 500, "--population", 2, "--replay", tmp_path / "a", "--seed", 9]
     finished(tmp_path / "b", *flags)
@@ -600,17 +609,20 @@ def test_signals_stop_everything_and_say_how_to_go_on(tmp_path, number):
     assert a == b
 
 
-def test_a_signal_ends_the_loop_and_the_summary_names_it(tmp_path):
+@pytest.mark.parametrize("legs", [0, 6])
+def test_a_signal_ends_the_loop_and_the_summary_names_it(tmp_path, legs):
+    left = [signal.SIGTERM]  # a second one would end pytest
+
     class Signalled(Inline):
         def start(self, request):
-            if len(events(tmp_path / "a", "leg")) == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if left and len(events(tmp_path / "a", "leg")) == legs:
+                os.kill(os.getpid(), left.pop())
             super().start(request)
 
     out, err = finished(tmp_path / "a", *SMALL, "--slots", 1, status=128 + signal.SIGTERM, slot=Signalled)
     assert json.loads(out)["signal"] == signal.SIGTERM and "to go on:" in err and "to evaluate" not in err
-    assert len(events(tmp_path / "a", "leg")) < 8
-    finished(tmp_path / "a", *SMALL, "--slots", 1, "--resume")
+    assert len(events(tmp_path / "a", "leg")) < legs + 2 and (json.loads(out)["leg"] is None) == (legs == 0)
+    finished(tmp_path / "a", *SMALL, "--slots", 1, *(["--resume"] if legs else []))
     finished(tmp_path / "b", *SMALL)
     assert decisions(tmp_path / "a") == decisions(tmp_path / "b")
 
