@@ -255,8 +255,9 @@ def test_one_agent_that_sees_everything_makes_mappo_ippo(tmp_path):
     assert all(torch.equal(x, parameters["ippo"][key]) for key, x in parameters["mappo"].items())
 
 
+@pytest.mark.parametrize("norm_adv", [True, False])
 @pytest.mark.parametrize("space", [Discrete(5), Box(-1, 1, (2,))])
-def test_one_agents_loss_is_ppo_clips(space):
+def test_one_agents_loss_is_ppo_clips(space, norm_adv):
     """The same loss, metrics and gradient as ppo_clip.ppo_loss on the same networks and batch."""
     world = Space(1, 4, 4, space)
     team = make_team(world, "ippo")
@@ -271,8 +272,8 @@ def test_one_agents_loss_is_ppo_clips(space):
             return team.value(obs[:, None], None, None)[:, 0]
 
     single = {key: x[:, 0] for key, x in data.items()}
-    ours, our_metrics = ma.team_loss(team, data, COEF, True)
-    theirs, their_metrics = ppo_clip.ppo_loss(Single(), single, COEF, True)
+    ours, our_metrics = ma.team_loss(team, data, COEF, norm_adv)
+    theirs, their_metrics = ppo_clip.ppo_loss(Single(), single, COEF, norm_adv)
     torch.testing.assert_close(ours, theirs)
     assert list(our_metrics) == list(their_metrics)
     torch.testing.assert_close(torch.stack([*our_metrics.values()]), torch.stack([*their_metrics.values()]))

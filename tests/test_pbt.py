@@ -189,6 +189,8 @@ def test_integers_and_categories():
     samples, walk = draws("f:cat:a,b,c")
     assert set(samples) == set(walk) == {"a", "b", "c"}
     assert all(abs("abc".index(x) - "abc".index(y)) <= 1 for x, y in zip(walk, walk[1:], strict=False))
+    h, rng = pbt.Hyperparameter.parse("f:cat:a,b,c"), np.random.default_rng(0)
+    assert {h.perturb("b", rng) for _ in range(50)} == {"a", "c"}
 
 
 def test_resampling_probability():
