@@ -188,7 +188,8 @@ def check_advantages(args, r, team):
     """Against the double sum over k of (gamma lambda)^k delta_{t+k}, agent by agent, while the agent is there."""
     batch, returns = ma.make_team_batch(team, r, args)
     (T, N, G), (mean, std) = r["reward"].shape, team.value_scale()
-    reward = r["reward"].sum(-1, True).expand(T, N, G) if args.team_reward == "sum" else r["reward"]
+    shared = {"sum": lambda x: x.sum(-1, True), "mean": lambda x: x.mean(-1, True), "none": lambda x: x}
+    reward = shared[args.team_reward](r["reward"]).expand(T, N, G)
 
     def value(prefix):
         obs, state = team.scaled_obs(r[f"{prefix}obs"]), team.scaled_state(r[f"{prefix}state"])
@@ -209,7 +210,7 @@ def check_advantages(args, r, team):
     torch.testing.assert_close(batch["return"].view(T, N, G), (returns - mean) / std)
 
 
-@pytest.mark.parametrize("team_reward", ["sum", "none"])
+@pytest.mark.parametrize("team_reward", ["sum", "mean", "none"])
 def test_advantages_bootstrap_from_what_was_seen_before_the_reset(team_reward):
     more = {"share_params": False, "gamma": 0.9, "gae_lambda": 0.8, "team_reward": team_reward, "num_workers": 0}
     args = ma.Args(env_id="toy_parallel.mortals", num_envs=2, **more)
@@ -397,6 +398,8 @@ def test_nobodys_own_action_reaches_its_critic(space):
         other[:, g] += 1 if team.discrete else 0.3
         changed = team.value(obs, state, other) != before
         assert not changed[:, g].any() and changed[:, [h for h in range(3) if h != g]].all()
+    if not team.discrete:  # what is outside of the box is no other action
+        assert torch.equal(team.value(obs, state, 5 * action.sign()), team.value(obs, state, action.sign()))
 
 
 def test_what_the_others_do_next_is_what_they_did():
@@ -821,9 +824,10 @@ def test_defaults_are_those_that_the_stored_results_were_made_with():
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_the_learning_rate_falls_to_zero_over_the_run(schedule, tmp_path):
     train(tmp_path, "--num-envs", 4, "--total-timesteps", 400, "--lr-schedule", schedule)
-    rates = [float(row["learning_rate"]) for row in csv.DictReader(open(tmp_path / "progress.csv"))]
+    rows = list(csv.DictReader(open(tmp_path / "progress.csv")))
     expected = [1, 0.75, 0.5, 0.25] if schedule == "linear" else [1] * 4
-    assert rates == pytest.approx([7e-4 * x for x in expected], rel=1e-5)
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([7e-4 * x for x in expected], rel=1e-5)
+    assert float(rows[0]["entropy"]) == pytest.approx(np.log(5), rel=0.02)  # what is logged are means over minibatches
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -849,3 +853,17 @@ def test_actions_of_a_box_are_the_mean_and_noise_times_the_standard_deviation():
     distribution = team.policy(obs, legal).base_dist
     torch.testing.assert_close(team.act(obs, legal, noise), distribution.loc + distribution.scale * noise)
     torch.testing.assert_close(distribution.scale[0, 0], torch.tensor([-1.0, 0.5]).exp())
+
+
+def test_the_environment_is_named_whose_reset_fails(tmp_path, capsys, monkeypatch):
+    import toy_parallel
+
+    def reset(self, seed=None, options=None, original=toy_parallel.Alone.reset):
+        if seed is None:
+            raise ZeroDivisionError("a bug")
+        return original(self, seed)
+
+    monkeypatch.setattr(toy_parallel.Alone, "reset", reset)
+    flags = ["--env-id", "toy_parallel.alone", "--num-envs", 4, "--num-workers", 0, "--run-dir", tmp_path / "a"]
+    assert ma.main(list(map(str, [*flags, "--no-compile"]))) == 1
+    assert "environment 0, step 9 of the rollout: reset() raised ZeroDivision" in capsys.readouterr().err

@@ -267,6 +267,11 @@ def test_same_seed_same_decisions(tmp_path):
     assert decisions(tmp_path / "a") != decisions(tmp_path / "c")
 
 
+def test_a_member_begins_with_nothing():
+    expected = pbt.Member(2, {}, 3, step=0, legs=0, decided=0, tries=0, failures=0, score=None, leg=None)
+    assert pbt.Population(pbt.Args(TOY)).members[2] == expected
+
+
 def test_no_two_purposes_share_random_numbers():
     """NOTE: default_rng((1, 2)) and default_rng((1, 2, 0)) are the same generator."""
     args = pbt.Args(TOY)
