@@ -867,3 +867,23 @@ def test_the_environment_is_named_whose_reset_fails(tmp_path, capsys, monkeypatc
     flags = ["--env-id", "toy_parallel.alone", "--num-envs", 4, "--num-workers", 0, "--run-dir", tmp_path / "a"]
     assert ma.main(list(map(str, [*flags, "--no-compile"]))) == 1
     assert "environment 0, step 9 of the rollout: reset() raised ZeroDivision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("P", [1, 3])
+def test_stacked_networks_are_relu_networks_side_by_side(P):
+    stack, x = ma.StackedMLP(P, 4, 8, 2, 1.0), torch.randn(10, 3, 4)
+    for bias in stack.biases:
+        torch.nn.init.normal_(bias)
+    for g in range(3):
+        layers = [(w[g % P], b[g % P]) for w, b in zip(stack.weights, stack.biases)]
+        out = x[:, g]
+        for i, (weight, bias) in enumerate(layers):
+            out = (out.relu() if i else out) @ weight + bias
+        torch.testing.assert_close(stack(x)[:, g], out)
+
+
+def test_agents_and_landmarks_begin_anywhere_between_minus_one_and_one():
+    world = ma.SimpleSpread(500, CPU)
+    world.reset(torch.Generator().manual_seed(0))
+    for x in (world.position, world.landmark):
+        assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1 and abs(x.mean()) < 0.05

@@ -193,6 +193,10 @@ def test_integers_and_categories():
     assert {h.perturb("b", rng) for _ in range(50)} == {"a", "c"}
 
 
+def test_a_prior_may_be_a_single_number():
+    assert pbt.Hyperparameter.parse("x:lin:2:2").sample(np.random.default_rng(0)) == 2
+
+
 def test_resampling_probability():
     h, rng = pbt.Hyperparameter.parse("x:lin:0:100"), np.random.default_rng(0)
     new = [pbt.explore({"x": 50.0}, [h], 0.25, rng)["x"] for _ in range(2000)]
