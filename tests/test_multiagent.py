@@ -887,3 +887,8 @@ def test_agents_and_landmarks_begin_anywhere_between_minus_one_and_one():
     world.reset(torch.Generator().manual_seed(0))
     for x in (world.position, world.landmark):
         assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1 and abs(x.mean()) < 0.05
+
+
+def test_a_rollout_holds_the_state_only_where_a_critic_sees_it():
+    held = {name: "state" in ma.empty_rollout(make_team(Space(), name), Space(), 2, 2) for name in ("mappo", "ippo")}
+    assert held == {"mappo": True, "ippo": False}
