@@ -892,3 +892,24 @@ def test_agents_and_landmarks_begin_anywhere_between_minus_one_and_one():
 def test_a_rollout_holds_the_state_only_where_a_critic_sees_it():
     held = {name: "state" in ma.empty_rollout(make_team(Space(), name), Space(), 2, 2) for name in ("mappo", "ippo")}
     assert held == {"mappo": True, "ippo": False}
+
+
+def test_no_ply_is_computed_that_does_not_matter():
+    """The former hand is asked while a game may have begun with it; a match ends with its last game."""
+    world, asked = self_play(ma.ConnectFour(16, CPU))[0], []
+    original = world.former.forward
+    world.former.forward = lambda x: asked.append(t) or original(x)
+    world.reset(torch.Generator())
+    for t in range(25):
+        world.view()
+        world.opponents_move(t, world.noise(1)[0])
+    assert asked == list(range(21))  # 42 cells, every other one the opponent's
+
+    game, plies = ma.ConnectFour(10, CPU), []
+
+    def same_column(obs, legal):  # the first player's four are in a column after seven plies
+        plies.append(len(obs))
+        return game.column(torch.full((10,), 3 if len(plies) // 2 % 2 == 0 else 0))[: len(obs)]
+
+    ma.match(game, same_column, same_column)
+    assert len(plies) == 2 * 7

@@ -178,7 +178,7 @@ def test_one_step_multiplies():
     assert {round((1 - gamma.perturb(0.99, rng)) / 0.01, 9) for _ in range(50)} == {0.8, 1.2}
     assert {h.perturb(1e-3, rng) for _ in range(50)} == {1e-3, 0.8e-3}
     assert 4900 < sum(h.perturb(1e-4, rng) > 1e-4 for _ in range(10_000)) < 5100
-    small = pbt.Hyperparameter.parse("n:int:1:8")
+    small = pbt.Hyperparameter.parse("n:int:0:8")
     assert {small.perturb(2, rng) for _ in range(50)} == {1, 3}  # 20 percent would be nothing
 
 
