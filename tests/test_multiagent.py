@@ -412,7 +412,10 @@ def test_what_the_others_do_next_is_what_they_did():
     torch.testing.assert_close(seen[0], r["action"])
     inside = r["over"][:-1] == 0
     assert torch.equal(seen[1][:-1][inside], r["action"][1:][inside])
-    assert not torch.equal(seen[1][:-1][~inside], r["action"][1:][~inside])
+    fresh = torch.arange(12 * 4 * 3).view(12, 4, 3)
+    team.act = lambda obs, legal, noise: fresh.clone()
+    ma.make_team_batch(team, r, args)
+    assert torch.equal(seen[3][:-1][~inside], fresh[:-1][~inside]) and torch.equal(seen[3][-1], fresh[-1])
     legal = r["next_legal"].gather(-1, seen[1].unsqueeze(-1))[..., 0]
     assert legal[r["next_alive"] > 0].all()
 
