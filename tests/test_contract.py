@@ -63,8 +63,8 @@ def small_for(script):
 
 
 def rows(path):
-    with open(path / "progress.csv") as file:
-        return list(csv.DictReader(file))
+    # Read at once: csv would take the second line for the first of a file that is empty when it begins.
+    return list(csv.DictReader((path / "progress.csv").read_text().splitlines()))
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
