@@ -63,7 +63,6 @@ def cli(tmp_path):
         path = name if name.endswith(".py") else ROOT / f"{name}.py"
         command = [sys.executable, str(path), *map(str, flags)]
         env = os.environ | {"PYTHONPATH": str(HELPERS)}
-        fresh = fresh or torch.cuda.is_initialized()  # CUDA does not survive a fork
         defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = (subprocess.Popen if fresh else Forked)(command, cwd=cwd, env=env, **(defaults | kwargs))
         if not wait:

@@ -29,6 +29,9 @@ class Forked(subprocess.Popen):
     """Popen([python, script, *flags], ...) in a fork. It knows what tests use: cwd, env, preexec_fn, pipes, groups."""
 
     def _execute_child(self, *values):  # which Popen calls between making its pipes and forgetting their other ends
+        if torch.cuda.is_initialized():  # which does not survive a fork: as Popen has it, then
+            super()._execute_child(*values)
+            return
         given = inspect.signature(super()._execute_child).bind(*values).arguments
         pipes = [given[key] for key in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         sys.stdout.flush(), sys.stderr.flush()  # or both would write what is in the buffers
