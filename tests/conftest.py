@@ -15,6 +15,7 @@ HELPERS = Path(__file__).parent / "helpers"  # toy environments and scripts, bat
 sys.path[:0] = [str(ROOT), str(HELPERS), str(Path(__file__).parent)]
 os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
+from forking import Forked  # noqa: E402
 
 SCRIPTS = [
     p
@@ -25,6 +26,12 @@ TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", 
 CONTRACT = [*TRAINING, "ppo_multiagent"]  # keep the contract of flags and run folders
 HOUSE = [name for name in CONTRACT if "Actors:" in (ROOT / f"{name}.py").read_text()]  # actors as processes
 HOUSE = [name for name in HOUSE if "class Run:" in (ROOT / f"{name}.py").read_text()]
+
+
+def pytest_collection_modifyitems(config, items):
+    """The slow tests first where several processes share the work, so that none waits for the others at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +56,22 @@ def trainer(request):
 
 @pytest.fixture
 def cli(tmp_path):
-    """Start a script in an empty folder, as a user would; returns the finished process or, wait=False, the Popen."""
+    """Start a script in an empty folder, as a user would; returns the finished process or, wait=False, the Popen. With
+    fresh=True in an interpreter of its own, otherwise in a fork of this one, which has imported the packages."""
 
-    def start(name, *flags, wait=True, cwd=tmp_path, **kwargs):
-        command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+    def start(name, *flags, wait=True, fresh=False, cwd=tmp_path, **kwargs):
+        path = name if name.endswith(".py") else ROOT / f"{name}.py"
+        command = [sys.executable, str(path), *map(str, flags)]
         env = os.environ | {"PYTHONPATH": str(HELPERS)}
-        run = subprocess.run if wait else subprocess.Popen
         defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        defaults |= {"timeout": 300} if wait else {}  # s: whoever hangs says so
-        return run(command, cwd=cwd, env=env, **(defaults | kwargs))
+        process = (subprocess.Popen if fresh else Forked)(command, cwd=cwd, env=env, **(defaults | kwargs))
+        if not wait:
+            return process
+        with process:
+            try:
+                out, err = process.communicate(timeout=300)  # s: whoever hangs says so
+            finally:
+                process.kill()
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return start

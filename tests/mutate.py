@@ -3,17 +3,19 @@
     python tests/mutate.py ppo_clip.py ppo_klpen.py trpo_continuous.py --sample 320
 
 A mutant is one script with one small error: + for -, < for <=, another constant, a missing statement, a condition that
-is always true. Errors are made in the algorithm's half of a script, above the banner of its plumbing. What is drawn
-follows from --seed. A function that several scripts share is mutated in all of them at once, as a test compares them.
-The quick tests of the scripts concerned then run in a copy of the repository, until the first that fails: the mutant is
-killed. If all pass, it has survived, and either it is equivalent, or a test is missing. tests/MUTATION.md has the
-outcome. Each mutant's tests run in a fork of this process, which has imported what is slow to import."""
+is always true. Errors are made in the algorithm's half of a script, above the banner of its plumbing (the launcher: of
+its legs). What is drawn follows from --seed. A function that several scripts share is mutated in all of them at once,
+as a test compares them. The quick tests of the scripts concerned then run in a copy of the repository, until the first
+that fails: the mutant is killed. If all pass, it has survived, and either it is equivalent, or a test is missing.
+tests/MUTATION.md has the outcome. Each mutant's tests run in a fork of this process, which has imported what is slow to
+import."""
 
 import argparse
 import ast
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -37,7 +39,10 @@ TESTS = {
     "ppo_clip.py": "test_ppo_clip test_rollout test_truncation test_workers",
     "ppo_klpen.py": "test_ppo_klpen test_truncation",
     "trpo_continuous.py": "test_trpo test_truncation",
+    "ppo_multiagent.py": "test_multiagent",
+    "pbt_launcher.py": "test_pbt",
 }
+ONE_AGENT = {"ppo_clip.py", "ppo_klpen.py", "trpo_continuous.py"}  # in test_train and test_against_sb3, too
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 SWAPS |= {ast.FloorDiv: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
 SWAPS |= {ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And}
@@ -73,7 +78,7 @@ def variants(node):
 
 def sites(text):
     """(name of the function, its source, its line, start, end, replacement) of each possible mutant."""
-    for top in ast.parse(text[: text.index("# ==== Plumbing")]).body:
+    for top in ast.parse(re.split("# ==== (?:Plumbing|Legs)", text)[0]).body:
         if not isinstance(top, ast.FunctionDef | ast.ClassDef):
             continue
         source, found = ast.get_source_segment(text, top).encode(), []
@@ -123,10 +128,14 @@ def run_tests(folder, name, files):
     os.dup2(os.open("log", os.O_CREAT | os.O_WRONLY), 1)
     os.dup2(1, 2)
     sys.path[:] = [x for x in sys.path if x != str(ROOT / "tests")]
-    tests = [test for file in files for test in TESTS[file].split()] + ["test_against_sb3"]
-    tests.insert(0 if " train:" in name or " Args:" in name else len(tests), "test_train")  # the likeliest come first
-    others = " or ".join(file.removesuffix(".py") for file in TESTS if file not in files)
-    flags = ["-x", "-q", "-n0", "-pno:cacheprovider", "-mnot slow", "-k", others and f"not ({others})"]
+    del sys.modules["__main__"].__file__  # or each process that a test spawns would import all of the above
+    tests = [test for file in files for test in TESTS[file].split()]
+    if ONE_AGENT & set(files):
+        tests.append("test_against_sb3")
+        tests.insert(0 if " train:" in name or " Args:" in name else len(tests), "test_train")  # the likeliest first
+    others = " or ".join(file.removesuffix(".py") for file in ONE_AGENT - set(files))
+    flags = ["-x", "-q", "-n0", "-pno:cacheprovider", "-mnot slow"]
+    flags += ["-k", f"not ({others})"] if others and ONE_AGENT & set(files) else []
     os._exit(pytest.main([*flags, *(f"tests/{test}.py" for test in dict.fromkeys(tests))]))
 
 
@@ -151,6 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", choices=TESTS)
     parser.add_argument("--sample", type=int, default=320)
+    parser.add_argument("--skip", type=int, default=0, help="of the sample, leave out as many: they were done before")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[""], help="of the sample, only what holds one of these texts")
     parser.add_argument("--timeout", type=int, default=30, help="seconds of CPU; a mutant that takes more is killed")
@@ -160,7 +170,7 @@ def main():
     order = sorted(
         mutants, key=lambda name: random.Random(f"{args.seed} {name}").random()
     )  # other mutants change little
-    drawn = [name for name in order[: args.sample] if any(text in name for text in args.only)]
+    drawn = [name for name in order[args.skip : args.sample] if any(text in name for text in args.only)]
     with tempfile.TemporaryDirectory() as whole:
         for path in (*ROOT.glob("*.py"), *ROOT.glob("*.t*")):
             shutil.copy2(path, whole)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HOUSE, ROOT, TRAINING
-from waiting import wait_for
+from waiting import killed_after, wait_for
 
 BASE = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4"]
 BASE += ["--no-compile", "--total-timesteps", "2048", "--checkpoint-every", "512"]
@@ -63,8 +63,8 @@ def small_for(script):
 
 
 def rows(path):
-    with open(path / "progress.csv") as file:
-        return list(csv.DictReader(file))
+    # Read at once: csv would take the second line for the first of a file that is empty when it begins.
+    return list(csv.DictReader((path / "progress.csv").read_text().splitlines()))
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_rows_past_the_checkpoint_are_cut_off(trainer, tmp_path):
 def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
     """The run or, every third time, its worker is killed at random moments of start-up and training, and the run is
     resumed each time: the same final bits."""
-    flags = [*small_for(trainer), "--total-timesteps", 40960, "--checkpoint-every", 4096]
+    flags = [*small_for(trainer), "--total-timesteps", 20480, "--checkpoint-every", 1024]
     assert cli(trainer.__name__, *flags, "--run-dir", "whole").returncode == 0
     chance, progress, killed = random.Random(0), tmp_path / "killed" / "progress.csv", tmp_path / "killed"
 
@@ -248,18 +248,22 @@ def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
         begun = ["--resume", "killed"] if (killed / "checkpoint.pt").exists() else [*flags, "--run-dir", "killed"]
         return cli(trainer.__name__, *begun, *(["--num-workers", 2] if trainer.__name__ in HOUSE else []), **kwargs)
 
+    def seen():
+        return progress.stat().st_mtime_ns if progress.exists() else None
+
     for kill in range(10):
-        before = progress.stat().st_mtime_ns if progress.exists() else None
-        process = start(wait=False)
-        if kill % 3 == 0:
-            time.sleep(chance.uniform(0, 3))
-        else:  # the file changes when training begins
-            wait_for(lambda: progress.exists() and progress.stat().st_mtime_ns != before, process)  # noqa: B023
-            time.sleep(chance.uniform(0, 0.5))
+        before, process = seen(), start(wait=False, fresh=kill == 0)
+        start_up = time.monotonic() + chance.uniform(0, 3 if kill == 0 else 0.2)
+        training = lambda: seen() != before  # noqa: B023, E731
+        wait_for(lambda: training() or kill % 3 == 0 and time.monotonic() > start_up, process)  # noqa: B023
+        if kill % 3:
+            further = len(rows(killed)) + chance.randrange(12)  # a checkpoint is written every eight rows
+            wait_for(lambda: len(rows(killed)) >= further, process)  # noqa: B023
+            time.sleep(chance.uniform(0, 0.01))
         assert process.poll() is None, "the run ended before its tenth kill"
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(workers[0]) if workers and kill % 3 == 2 else process.pid, signal.SIGKILL)
-        process.wait(timeout=60)
+        process.communicate(timeout=60)
     assert start().returncode == 0
     assert tensors(trainer, killed) == tensors(trainer, tmp_path / "whole")
 
@@ -462,8 +466,9 @@ def test_a_checkpoint_of_another_network_or_observation(name, tmp_path, capsys, 
 @one_agent
 def test_mujoco_is_imported_only_where_it_is_needed(name, tmp_path, cli, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    assert cli(name, *SMALL, "--env-id", "CartPole-v1", "--run-dir", "a", "--stop-at-step", 128).returncode == 0
-    process = cli(name, *SMALL, "--env-id", "Hopper-v4", "--run-dir", "b")
+    cartpole = ["--env-id", "CartPole-v1", "--run-dir", "a", "--stop-at-step", 128]
+    assert cli(name, *SMALL, *cartpole, fresh=True).returncode == 0
+    process = cli(name, *SMALL, "--env-id", "Hopper-v4", "--run-dir", "b", fresh=True)
     assert process.returncode == 2 and process.stderr.count("\n") == 1 and "MUJOCO_GL" in process.stderr
 
 
@@ -496,8 +501,7 @@ def test_an_environment_that_fails_in_evaluation(name, tmp_path, capsys, monkeyp
 @house
 def test_the_scripts_own_copy_resumes_its_folder(name, tmp_path, cli):
     cli(name, *small_for(importlib.import_module(name)), "--run-dir", "a", "--stop-at-step", 512)
-    code = [sys.executable, f"a/{name}.py", "--resume", "a"]
-    process = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True)
+    process = cli(f"a/{name}.py", "--resume", "a")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["global_step"] == 2048
 
@@ -508,11 +512,11 @@ def test_a_copy_under_another_name_has_runs_of_its_own(name, tmp_path, cli):
     small = small_for(importlib.import_module(name))
     cli(name, *small, "--run-dir", "theirs", "--stop-at-step", 128)
     shutil.copy(ROOT / f"{name}.py", tmp_path / "my_ppo.py")
-    command = [sys.executable, "my_ppo.py", *small, "--stop-at-step", "128", "--run-dir"]
-    first = subprocess.run([*command, "mine"], cwd=tmp_path, capture_output=True, text=True)
+    command = ["my_ppo.py", *small, "--stop-at-step", "128", "--run-dir"]
+    first = cli(*command, "mine")
     assert first.returncode == 0 and first.stderr.startswith("my_ppo.py: ")
     assert torch.load(tmp_path / "mine" / "checkpoint.pt", weights_only=True)["script"] == "my_ppo"
-    second = subprocess.run([*command, "x", "--resume", "theirs"], cwd=tmp_path, capture_output=True, text=True)
+    second = cli(*command, "x", "--resume", "theirs")
     assert second.returncode == 2 and re.search(rf"is of {name}.py on [\w-]+, not of my_ppo.py", second.stderr)
 
 
@@ -525,12 +529,10 @@ def test_json_is_valid_and_a_closed_pipe_is_no_traceback(name, tmp_path, cli):
     summary = json.loads(process.stdout, parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
     assert summary["episodes"] == 0 and summary["episodic_return"] is None
     for flags in (["--help"], ["--evaluate", "a"]):
-        closed = subprocess.Popen(
-            [sys.executable, ROOT / f"{name}.py", *flags],
-            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        closed = cli(name, *flags, wait=False, fresh=name == "ppo_clip")
         closed.stdout.close()
-        assert closed.stderr.read() == "" and closed.wait(timeout=60) in (0, 1)
+        with killed_after(60, closed):
+            assert closed.stderr.read() == "" and closed.wait() in (0, 1)
 
 
 @pytest.mark.slow
@@ -551,15 +553,15 @@ def test_what_a_person_sees(name, tmp_path, cli):
 
 @pytest.mark.slow
 @house
-def test_the_bar_ends_whole(name, tmp_path):
+def test_the_bar_ends_whole(name, tmp_path, cli):
     """On a terminal: one bar, one speed, and 100 % at the end also where the last iteration passes the total."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     flags = [*small_for(importlib.import_module(name)), "--total-timesteps", "1000", "--run-dir", tmp_path / "a"]
-    process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *flags], stdout=theirs, stderr=theirs)
+    process = cli(name, *flags, wait=False, stdout=theirs, stderr=theirs)
     os.close(theirs)
     seen = b""
-    with contextlib.suppress(OSError):  # the other side has closed
+    with killed_after(60, process), contextlib.suppress(OSError):  # the other side has closed
         while part := os.read(ours, 4096):
             seen += part
     assert process.wait(timeout=60) == 0
@@ -701,13 +703,14 @@ def test_capture_video(tmp_path, capsys, monkeypatch):
 
 def test_no_noise_and_no_stray_files(tmp_path, cli):
     """The v4 environments train without a warning on the terminal or a MUJOCO_LOG.TXT in the working folder."""
-    process = cli("ppo_clip", "--env-id", "HalfCheetah-v4", "--total-timesteps", 2048, "--run-dir", "a", "--no-compile")
+    flags = ["--env-id", "HalfCheetah-v4", "--total-timesteps", 2048, "--run-dir", "a", "--no-compile"]
+    process = cli("ppo_clip", *flags, fresh=True)
     assert process.returncode == 0
     assert all(line.startswith("ppo_clip.py: ") for line in process.stderr.splitlines())
     assert {p.name for p in tmp_path.iterdir()} == {"a"}
 
 
 def test_subprocess_status_and_streams(tmp_path, cli):
-    process = cli("ppo_clip", "--env-id", "Hoper-v4")
+    process = cli("ppo_clip", "--env-id", "Hoper-v4", fresh=True)
     assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
     assert isinstance(process, subprocess.CompletedProcess)

@@ -3,8 +3,6 @@ learn, and its checkpoint must still hold the policy that learned."""
 
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -52,7 +50,7 @@ EDITS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo_clip", "ppo_klpen"])
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_copy_learns(name, edit, tmp_path):
+def test_an_edited_copy_learns(name, edit, tmp_path, cli):
     (tmp_path / "my_module.py").write_text(MY_MODULE)
     source = (ROOT / f"{name}.py").read_text()
     for old, new in EDITS[edit]:
@@ -61,8 +59,7 @@ def test_an_edited_copy_learns(name, edit, tmp_path):
     (tmp_path / "my_ppo.py").write_text(source)
 
     def run(*flags):
-        command = [sys.executable, "my_ppo.py", *flags]
-        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        process = cli("my_ppo.py", *flags)
         assert process.returncode == 0, process.stderr
         return json.loads(process.stdout.splitlines()[-1])
 

@@ -83,7 +83,7 @@ def test_copied_alone_into_an_empty_folder_it_runs(script, tmp_path):
         "run",
         *(["--num-envs", "8"] if script == "ppo_multiagent" else ["--env-id", "Pendulum-v1"]),
     ]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert {p.name for p in tmp_path.iterdir()} <= {f"{script}.py", "run"}
 

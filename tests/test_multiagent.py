@@ -188,7 +188,8 @@ def check_advantages(args, r, team):
     """Against the double sum over k of (gamma lambda)^k delta_{t+k}, agent by agent, while the agent is there."""
     batch, returns = ma.make_team_batch(team, r, args)
     (T, N, G), (mean, std) = r["reward"].shape, team.value_scale()
-    reward = r["reward"].sum(-1, True).expand(T, N, G) if args.team_reward == "sum" else r["reward"]
+    shared = {"sum": lambda x: x.sum(-1, True), "mean": lambda x: x.mean(-1, True), "none": lambda x: x}
+    reward = shared[args.team_reward](r["reward"]).expand(T, N, G)
 
     def value(prefix):
         obs, state = team.scaled_obs(r[f"{prefix}obs"]), team.scaled_state(r[f"{prefix}state"])
@@ -206,9 +207,10 @@ def check_advantages(args, r, team):
         if r["alive"][t, n, g]:
             assert advantage[t, n, g].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
     torch.testing.assert_close(returns, advantage + v)
+    torch.testing.assert_close(batch["return"].view(T, N, G), (returns - mean) / std)
 
 
-@pytest.mark.parametrize("team_reward", ["sum", "none"])
+@pytest.mark.parametrize("team_reward", ["sum", "mean", "none"])
 def test_advantages_bootstrap_from_what_was_seen_before_the_reset(team_reward):
     more = {"share_params": False, "gamma": 0.9, "gae_lambda": 0.8, "team_reward": team_reward, "num_workers": 0}
     args = ma.Args(env_id="toy_parallel.mortals", num_envs=2, **more)
@@ -254,8 +256,9 @@ def test_one_agent_that_sees_everything_makes_mappo_ippo(tmp_path):
     assert all(torch.equal(x, parameters["ippo"][key]) for key, x in parameters["mappo"].items())
 
 
+@pytest.mark.parametrize("norm_adv", [True, False])
 @pytest.mark.parametrize("space", [Discrete(5), Box(-1, 1, (2,))])
-def test_one_agents_loss_is_ppo_clips(space):
+def test_one_agents_loss_is_ppo_clips(space, norm_adv):
     """The same loss, metrics and gradient as ppo_clip.ppo_loss on the same networks and batch."""
     world = Space(1, 4, 4, space)
     team = make_team(world, "ippo")
@@ -270,8 +273,8 @@ def test_one_agents_loss_is_ppo_clips(space):
             return team.value(obs[:, None], None, None)[:, 0]
 
     single = {key: x[:, 0] for key, x in data.items()}
-    ours, our_metrics = ma.team_loss(team, data, COEF, True)
-    theirs, their_metrics = ppo_clip.ppo_loss(Single(), single, COEF, True)
+    ours, our_metrics = ma.team_loss(team, data, COEF, norm_adv)
+    theirs, their_metrics = ppo_clip.ppo_loss(Single(), single, COEF, norm_adv)
     torch.testing.assert_close(ours, theirs)
     assert list(our_metrics) == list(their_metrics)
     torch.testing.assert_close(torch.stack([*our_metrics.values()]), torch.stack([*their_metrics.values()]))
@@ -395,6 +398,8 @@ def test_nobodys_own_action_reaches_its_critic(space):
         other[:, g] += 1 if team.discrete else 0.3
         changed = team.value(obs, state, other) != before
         assert not changed[:, g].any() and changed[:, [h for h in range(3) if h != g]].all()
+    if not team.discrete:  # what is outside of the box is no other action
+        assert torch.equal(team.value(obs, state, 5 * action.sign()), team.value(obs, state, action.sign()))
 
 
 def test_what_the_others_do_next_is_what_they_did():
@@ -407,6 +412,10 @@ def test_what_the_others_do_next_is_what_they_did():
     torch.testing.assert_close(seen[0], r["action"])
     inside = r["over"][:-1] == 0
     assert torch.equal(seen[1][:-1][inside], r["action"][1:][inside])
+    fresh = torch.arange(12 * 4 * 3).view(12, 4, 3)
+    team.act = lambda obs, legal, noise: fresh.clone()
+    ma.make_team_batch(team, r, args)
+    assert torch.equal(seen[3][:-1][~inside], fresh[:-1][~inside]) and torch.equal(seen[3][-1], fresh[-1])
     legal = r["next_legal"].gather(-1, seen[1].unsqueeze(-1))[..., 0]
     assert legal[r["next_alive"] > 0].all()
 
@@ -799,3 +808,111 @@ def test_resuming_as_something_else_is_one_line(flags, message, tmp_path, capsys
     assert ma.main(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b"), *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (tmp_path / "b").exists()
+
+
+def test_defaults_are_those_that_the_stored_results_were_made_with():
+    """Another default is another algorithm, and has to be one on purpose."""
+    papers = {"num_envs": 128, "num_steps": 25, "hidden_size": 64, "learning_rate": 7e-4, "update_epochs": 10}
+    papers |= {"gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "ent_coef": 0.01, "max_grad_norm": 10.0}
+    ours = {"num_minibatches": 4, "vf_coef": 0.5, "norm_adv": True, "norm_obs": True, "share_params": True}
+    ours |= {"algorithm": "mappo", "critic_input": "state", "team_reward": "sum", "lr_schedule": "linear"}
+    ours |= {"env_id": "simple_spread", "env_kwargs": "{}", "num_workers": ma.CORES}
+    selfplay = {"latest_prob": 0.5, "opening_plies": 0, "snapshot_every": 10, "pool_size": 32}
+    contract = {"total_timesteps": 1_000_000, "seed": 1, "cuda": False, "compile": True, "run_dir": None}
+    contract |= {"checkpoint_every": 100_000, "resume": None, "stop_at_step": None, "evaluate": None}
+    contract |= {"eval_episodes": 10, "capture_video": False}
+    assert vars(ma.Args()) == papers | ours | selfplay | contract
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_learning_rate_falls_to_zero_over_the_run(schedule, tmp_path):
+    train(tmp_path, "--num-envs", 4, "--total-timesteps", 400, "--lr-schedule", schedule)
+    rows = list(csv.DictReader(open(tmp_path / "progress.csv")))
+    expected = [1, 0.75, 0.5, 0.25] if schedule == "linear" else [1] * 4
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([7e-4 * x for x in expected], rel=1e-5)
+    assert float(rows[0]["entropy"]) == pytest.approx(np.log(5), rel=0.02)  # what is logged are means over minibatches
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_statistics_are_those_of_every_learners_own_living_samples(share):
+    team, rng = make_team(Space(), share=share), torch.Generator().manual_seed(0)
+    r = {"obs": torch.randn(20, 5, 3, 4, generator=rng), "state": torch.randn(20, 5, 6, generator=rng)}
+    r["alive"], returns = (torch.rand(20, 5, 3, generator=rng) < 0.7).float(), torch.arange(300.0).view(20, 5, 3)
+    team.update_statistics(r, returns)
+    for p in range(team.P):
+        alive = r["alive"] * (1 if share else torch.eye(3)[p])
+        for rms, x in ((team.value_rms[p], returns[alive > 0]), (team.obs_rms[p], r["obs"][alive > 0])):
+            torch.testing.assert_close(rms.mean, x.double().mean(0))
+            torch.testing.assert_close(rms.var, x.double().var(0, correction=0))
+    torch.testing.assert_close(team.state_rms[0].mean, r["state"].flatten(0, 1).double().mean(0))
+    for p in range(3 if not share else 0):  # and each learner's observations are scaled by its own
+        torch.testing.assert_close(team.scaled_obs(r["obs"])[:, :, p], team.obs_rms[p](r["obs"][:, :, p]))
+
+
+def test_actions_of_a_box_are_the_mean_and_noise_times_the_standard_deviation():
+    team = make_team(Space(action_space=Box(-1, 1, (2,))), norm_obs=False)
+    team.log_std.data.copy_(torch.tensor([[-1.0, 0.5]]))
+    obs, legal, noise = torch.randn(8, 3, 4), torch.ones(8, 3, 2, dtype=torch.bool), torch.randn(8, 3, 2)
+    distribution = team.policy(obs, legal).base_dist
+    torch.testing.assert_close(team.act(obs, legal, noise), distribution.loc + distribution.scale * noise)
+    torch.testing.assert_close(distribution.scale[0, 0], torch.tensor([-1.0, 0.5]).exp())
+
+
+def test_the_environment_is_named_whose_reset_fails(tmp_path, capsys, monkeypatch):
+    import toy_parallel
+
+    def reset(self, seed=None, options=None, original=toy_parallel.Alone.reset):
+        if seed is None:
+            raise ZeroDivisionError("a bug")
+        return original(self, seed)
+
+    monkeypatch.setattr(toy_parallel.Alone, "reset", reset)
+    flags = ["--env-id", "toy_parallel.alone", "--num-envs", 4, "--num-workers", 0, "--run-dir", tmp_path / "a"]
+    assert ma.main(list(map(str, [*flags, "--no-compile"]))) == 1
+    assert "environment 0, step 9 of the rollout: reset() raised ZeroDivision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("P", [1, 3])
+def test_stacked_networks_are_relu_networks_side_by_side(P):
+    stack, x = ma.StackedMLP(P, 4, 8, 2, 1.0), torch.randn(10, 3, 4)
+    for bias in stack.biases:
+        torch.nn.init.normal_(bias)
+    for g in range(3):
+        layers = [(w[g % P], b[g % P]) for w, b in zip(stack.weights, stack.biases)]
+        out = x[:, g]
+        for i, (weight, bias) in enumerate(layers):
+            out = (out.relu() if i else out) @ weight + bias
+        torch.testing.assert_close(stack(x)[:, g], out)
+
+
+def test_agents_and_landmarks_begin_anywhere_between_minus_one_and_one():
+    world = ma.SimpleSpread(500, CPU)
+    world.reset(torch.Generator().manual_seed(0))
+    for x in (world.position, world.landmark):
+        assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1 and abs(x.mean()) < 0.05
+
+
+def test_a_rollout_holds_the_state_only_where_a_critic_sees_it():
+    held = {name: "state" in ma.empty_rollout(make_team(Space(), name), Space(), 2, 2) for name in ("mappo", "ippo")}
+    assert held == {"mappo": True, "ippo": False}
+
+
+def test_no_ply_is_computed_that_does_not_matter():
+    """The former hand is asked while a game may have begun with it; a match ends with its last game."""
+    world, asked = self_play(ma.ConnectFour(16, CPU))[0], []
+    original = world.former.forward
+    world.former.forward = lambda x: asked.append(t) or original(x)
+    world.reset(torch.Generator())
+    for t in range(25):
+        world.view()
+        world.opponents_move(t, world.noise(1)[0])
+    assert asked == list(range(21))  # 42 cells, every other one the opponent's
+
+    game, plies = ma.ConnectFour(10, CPU), []
+
+    def same_column(obs, legal):  # the first player's four are in a column after seven plies
+        plies.append(len(obs))
+        return game.column(torch.full((10,), 3 if len(plies) // 2 % 2 == 0 else 0))[: len(obs)]
+
+    ma.match(game, same_column, same_column)
+    assert len(plies) == 2 * 7

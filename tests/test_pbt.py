@@ -3,14 +3,15 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forking import Forked
 from waiting import wait_for
 
 import pbt_launcher as pbt
@@ -28,17 +30,52 @@ SMALL = ["--population", "4", "--interval", "100", "--total-timesteps", "500"]
 SMALL += ["--mutate", "learning_rate:log:1e-4:0.1"]
 
 
-def launch(run_dir, *flags, **kwargs):
+def launch(run_dir, *flags, process=Forked, **kwargs):
     """The launcher as a process, for tests that send it signals."""
     command = [sys.executable, str(ROOT / "pbt_launcher.py"), TOY, "--run-dir", str(run_dir), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-def finished(run_dir, *flags, status=0, script=TOY):
+class Inline:
+    """A slot in this process, so that nothing has to start: most tests are not about processes."""
+
+    def __init__(self, index, args):
+        self.script, self.available, self.kill = pbt.Script(args.script), lambda: True, lambda: None
+
+    def start(self, request):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.setattr(pbt.os, "dup2", lambda *files: None)  # pytest keeps its own standard output
+            self.result = self.script.answer(request)
+
+    def poll(self):
+        result, self.result = self.result, None
+        return result
+
+
+PROCESS = pbt.LocalSlot
+
+
+def finished(run_dir, *flags, status=0, script=TOY, slot=Inline, figures=False):
     """The launcher in this process, to its end. Returns what it wrote to standard output and to standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert pbt.main([script, "--run-dir", str(run_dir), *map(str, flags)]) == status, err.getvalue()
+    out, err, sleep, calls = io.StringIO(), io.StringIO(), time.sleep, itertools.count()
+    waits = not issubclass(slot, Inline) or "ray" in flags
+
+    def limited(seconds):  # no population is endless, and where nobody is waited for, none is slow
+        assert next(calls) < (12_000 if waits else 300), "the launcher comes to no end"
+        sleep(seconds if waits else 0)
+
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pbt, "LocalSlot", slot)
+        patch.setattr(pbt.time, "sleep", limited)
+        if not figures:  # they take longer than a population
+            patch.setattr(pbt, "draw", lambda population: None)
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.getsignal(number) for number in numbers]
+        try:
+            assert pbt.main([script, "--run-dir", str(run_dir), *map(str, flags)]) == status, err.getvalue()
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)  # those of the launcher are not for pytest
     assert "Traceback" not in err.getvalue()
     return out.getvalue(), err.getvalue()
 
@@ -61,6 +98,16 @@ def decisions(run_dir):
     population = pbt.load_population(run_dir)
     legs = {name: {k: x for k, x in leg.items() if k != "seconds"} for name, leg in population.legs.items()}
     return population.members, legs, population.best
+
+
+def test_defaults():
+    """Those of the paper where it names them: the bottom quarter, times 0.8 or 1.2, anew with a chance of a quarter."""
+    paper = {"quantile": 0.25, "resample_probability": 0.25, "selection": "truncation"}
+    ours = {"total_timesteps": 1_000_000, "population": 8, "interval": 50_000, "mutate": [], "seed": 1, "warmup": 0}
+    ours |= {"score": "training", "eval_episodes": 10, "min_gap": 0.0, "mode": "sync", "replay": None, "resume": False}
+    process = {"run_dir": "pbt", "env_id": None, "script": TOY, "script_flags": [], "slots": 2, "gpus": ""}
+    process |= {"leg_timeout": 14400.0, "executor": "local", "ray_address": None, "num_cpus": 1.0, "num_gpus": 0.0}
+    assert vars(pbt.Args(TOY)) == paper | ours | process
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -130,6 +177,9 @@ def test_one_step_multiplies():
     assert {round(h.perturb(1e-4, rng) / 1e-4, 9) for _ in range(50)} == {0.8, 1.2}
     assert {round((1 - gamma.perturb(0.99, rng)) / 0.01, 9) for _ in range(50)} == {0.8, 1.2}
     assert {h.perturb(1e-3, rng) for _ in range(50)} == {1e-3, 0.8e-3}
+    assert 4900 < sum(h.perturb(1e-4, rng) > 1e-4 for _ in range(10_000)) < 5100
+    small = pbt.Hyperparameter.parse("n:int:0:8")
+    assert {small.perturb(2, rng) for _ in range(50)} == {1, 3}  # 20 percent would be nothing
 
 
 def test_integers_and_categories():
@@ -139,6 +189,12 @@ def test_integers_and_categories():
     samples, walk = draws("f:cat:a,b,c")
     assert set(samples) == set(walk) == {"a", "b", "c"}
     assert all(abs("abc".index(x) - "abc".index(y)) <= 1 for x, y in zip(walk, walk[1:], strict=False))
+    h, rng = pbt.Hyperparameter.parse("f:cat:a,b,c"), np.random.default_rng(0)
+    assert {h.perturb("b", rng) for _ in range(50)} == {"a", "c"}
+
+
+def test_a_prior_may_be_a_single_number():
+    assert pbt.Hyperparameter.parse("x:lin:2:2").sample(np.random.default_rng(0)) == 2
 
 
 def test_resampling_probability():
@@ -149,6 +205,7 @@ def test_resampling_probability():
 
 BAD = ["x", "x:log:0:1", "x:lin:2:1", "x:cat", "x:what:0:1", "gamma:log:0.9:1", "x:lin:a:b", "x:lin:0:inf"]
 BAD += ["x:lin:nan:nan", "x:lin:-inf:inf", "x:int:0.5:2", "x:cat:a,,b", "x:lin:1", "x:lin:1:2:3", "x:int:0:inf"]
+BAD += ["x:lin:-1e308:1e308"]  # further apart than there are numbers
 
 
 @pytest.mark.parametrize("text", BAD)
@@ -183,9 +240,10 @@ def test_the_papers_toy():
 # ---- populations -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_population_to_its_end(tmp_path, mode):
-    out, err = finished(tmp_path / "a", *SMALL, "--mode", mode, "--slots", 2 if mode == "sync" else 1)
+    slots, slot = (2, PROCESS) if mode == "sync" else (1, Inline)
+    out, err = finished(tmp_path / "a", *SMALL, "--mode", mode, "--slots", slots, slot=slot, figures=True)
     summary, legs = json.loads(out), events(tmp_path / "a", "leg")
     copies = [c for e in events(tmp_path / "a", "decide") for c in e["copies"]]
     together = {len(e["members"]) for e in events(tmp_path / "a", "decide")}
@@ -199,17 +257,23 @@ def test_a_population_to_its_end(tmp_path, mode):
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert names == {"best.pt", "lineage.png", "schedule.png", "events.jsonl", *(f"m{j:02d}" for j in range(4))}
     assert len(list((tmp_path / "a").glob("m*/*/checkpoint.pt"))) <= 4 + 1  # one a member, and the best
+    line = r"^member \d, step \d00, score -?[\d.]+, learning_rate [\d.]+$"
+    assert len(re.findall(line, err, flags=re.M)) == len(legs)
     assert "to evaluate: python" in err and "learning_rate" in err and "copies member" in err
     assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
-@pytest.mark.slow
 def test_same_seed_same_decisions(tmp_path):
-    for name, slots in (("a", 1), ("b", 3)):
-        finished(tmp_path / name, *SMALL, "--slots", slots)
+    for name, slots, slot in (("a", 1, Inline), ("b", 3, PROCESS)):
+        finished(tmp_path / name, *SMALL, "--slots", slots, slot=slot)
     assert decisions(tmp_path / "a") == decisions(tmp_path / "b")
     finished(tmp_path / "c", *SMALL, "--seed", 2)
     assert decisions(tmp_path / "a") != decisions(tmp_path / "c")
+
+
+def test_a_member_begins_with_nothing():
+    expected = pbt.Member(2, {}, 3, step=0, legs=0, decided=0, tries=0, failures=0, score=None, leg=None)
+    assert pbt.Population(pbt.Args(TOY)).members[2] == expected
 
 
 def test_no_two_purposes_share_random_numbers():
@@ -239,6 +303,11 @@ def test_the_lineage_of_a_population_with_many_legs():
     assert population.lineage("4999") == [str(i) for i in range(5000)]
 
 
+def test_what_a_person_reads():
+    values = {"x": 0.123456, "n": 12345, "f": "tanh", "score": None}
+    assert pbt.readable(values) == "x 0.1235, n 12345, f tanh, score None"
+
+
 def test_one_member_never_exploits(tmp_path):
     finished(tmp_path / "a", *SMALL, "--population", 1)
     assert len(events(tmp_path / "a", "decide")) == 4 and not [e for e in events(tmp_path / "a") if e.get("copies")]
@@ -251,7 +320,7 @@ def test_all_kinds_of_hyperparameters_reach_the_script(tmp_path):
 
 
 def test_what_legs_print_is_kept_and_the_slots_share_the_gpus(tmp_path):
-    finished(tmp_path / "a", *SMALL, "--gpus", "3,5", "--", "--seconds", 0.05)
+    finished(tmp_path / "a", *SMALL, "--gpus", "3,5", "--", "--seconds", 0.05, slot=PROCESS)
     logs = [path.read_text() for path in (tmp_path / "a").glob("m*/t*.log")]
     assert len(logs) == 20 and set(logs) == {"CUDA_VISIBLE_DEVICES 3\n", "CUDA_VISIBLE_DEVICES 5\n"}
 
@@ -260,6 +329,9 @@ def test_replay_follows_the_winners_schedule(tmp_path):
     finished(tmp_path / "a", *SMALL)
     winner = pbt.load_population(tmp_path / "a")
     chain = [winner.legs[leg] for leg in winner.lineage(winner.best)]
+    schedule = pbt.winners_schedule(tmp_path / "a")
+    assert schedule == [(leg["step"], leg["hyper"]) for leg in chain] + [(math.inf, chain[-1]["hyper"])]
+    assert schedule[1][1] != schedule[-1][1]
     content = (tmp_path / "a" / "events.jsonl").read_bytes()
     flags = ["--interval", 100, "--total-timesteps", 500, "--population", 2, "--replay", tmp_path / "a", "--seed", 9]
     finished(tmp_path / "b", *flags)
@@ -333,7 +405,7 @@ def words(figure):
 
 def test_figures(tmp_path, drawn):
     flags = ["--mutate", "units:int:16:256", "--mutate", "activation:cat:tanh,relu", "--mutate", "gamma:log:0.9:0.999"]
-    finished(tmp_path / "a", *SMALL, *flags)
+    finished(tmp_path / "a", *SMALL, *flags, figures=True)
     axis = drawn["lineage.png"].axes[0]
     assert axis.get_title() and len(words(drawn["lineage.png"])) == 3
     copies = [(c["donor"], c["member"]) for e in events(tmp_path / "a", "decide") for c in e["copies"]]
@@ -350,7 +422,7 @@ def test_figures(tmp_path, drawn):
 def test_a_replay_has_a_schedule_to_show(tmp_path, drawn):
     finished(tmp_path / "a", *SMALL)
     flags = ["--interval", 100, "--total-timesteps", 500, "--population", 2, "--replay", tmp_path / "a"]
-    finished(tmp_path / "b", *flags)
+    finished(tmp_path / "b", *flags, figures=True)
     (axis,) = drawn["schedule.png"].axes
     assert axis.get_ylabel() == "learning_rate" and len(axis.lines) == 10 + 2 and axis.get_yscale() == "log"
 
@@ -367,34 +439,33 @@ def marks(tmp_path):
 @pytest.mark.parametrize("kind", ["crash", "error", "full"])
 def test_a_leg_that_fails_once_is_run_again(tmp_path, marks, kind):
     (marks / kind).touch()
-    finished(tmp_path / "a", *SMALL, "--", "--trouble", kind, "--marks", marks)
+    slot = PROCESS if kind == "crash" else Inline
+    finished(tmp_path / "a", *SMALL, "--", "--trouble", kind, "--marks", marks, slot=slot)
     finished(tmp_path / "b", *SMALL)
     assert len(events(tmp_path / "a", "failed")) == 1
     a, b = (sorted((e["member"], e["step"], e["score"]) for e in events(tmp_path / x, "leg")) for x in "ab")
     assert a == b
 
 
-def trouble_after(legs, run_dir, marks, *names):
-    """A thread that leaves marks once so many legs have finished."""
+def trouble_after(legs, run_dir, marks, *names, slot=Inline):
+    """A slot that leaves marks once so many legs have finished."""
+    left = list(names)
 
-    def wait():
-        wait_for(lambda: len(events(run_dir, "leg")) >= legs)
-        for name in names:
-            (marks / name).touch()
+    class Troubled(slot):
+        def start(self, request):
+            while left and len(events(run_dir, "leg")) >= legs:
+                (marks / left.pop()).touch()
+            super().start(request)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+    return Troubled
 
 
-@pytest.mark.slow
 def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path, marks):
-    thread = trouble_after(4, tmp_path / "a", marks, "error0", "error1")
-    flags = ["--slots", 1, "--", "--trouble", "error", "--marks", marks, "--seconds", 0.05]
-    _, err = finished(tmp_path / "a", *SMALL, *flags)
-    thread.join()
+    slot = trouble_after(4, tmp_path / "a", marks, "error0", "error1")
+    flags = ["--slots", 1, "--", "--trouble", "error", "--marks", marks]
+    _, err = finished(tmp_path / "a", *SMALL, *flags, slot=slot)
     members = [e["member"] for e in events(tmp_path / "a", "failed")]
-    assert len(members) == 2 and "RuntimeError: an error, as planned" in err
+    assert len(members) == 2 and members[0] == members[1] and "RuntimeError: an error, as planned" in err
     assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
@@ -408,13 +479,46 @@ def test_legs_that_all_fail_end_the_run(tmp_path, marks):
 @pytest.mark.slow
 @pytest.mark.parametrize("legs", [0, 3])
 def test_a_leg_that_hangs_is_killed_the_first_ones_too(tmp_path, marks, legs):
-    thread = trouble_after(legs, tmp_path / "a", marks, "hang")
-    flags = ["--leg-timeout", 2, "--", "--trouble", "hang", "--marks", marks, "--seconds", 0.05]
-    finished(tmp_path / "a", *SMALL, *flags)
-    thread.join()
+    slot = trouble_after(legs, tmp_path / "a", marks, "hang", slot=PROCESS)
+    flags = ["--leg-timeout", 2, "--", "--trouble", "hang", "--marks", marks]
+    finished(tmp_path / "a", *SMALL, *flags, slot=slot)
     (failed,) = events(tmp_path / "a", "failed")
     assert "hung: no result after 2 s (see --leg-timeout)" in failed["error"]
     assert len(events(tmp_path / "a", "leg")) == 20
+
+
+def test_a_leg_past_the_limit_is_killed_and_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(pbt.Population, "time_limit", lambda self: -1.0)
+    killed = []
+
+    class Hanging(Inline):
+        def start(self, request):
+            super().start(request)
+            if "train" in request and not killed:
+                self.result, self.kill = None, lambda: killed.append(request)
+
+    _, err = finished(tmp_path / "a", *SMALL, "--slots", 1, slot=Hanging)
+    (failed,) = events(tmp_path / "a", "failed")
+    assert failed["error"] == "m00/t001 hung: no result after 0 s (see --leg-timeout)" in err
+    assert len(events(tmp_path / "a", "leg")) == 20
+
+
+def test_the_bar_counts_the_steps_of_all_members(tmp_path, monkeypatch):
+    class Bar:
+        def __init__(self, total, initial, **_):
+            self.n = initial
+            shown.append((initial, total))
+
+        def update(self, n):
+            self.n += n
+            shown.append(self.n)
+
+        write = close = lambda *_, **__: None
+
+    shown = []
+    monkeypatch.setattr(pbt, "tqdm", Bar)
+    finished(tmp_path / "a", *SMALL, "--quantile", 0)
+    assert shown == [(0, 2000), *range(100, 2001, 100)]
 
 
 def test_once_legs_have_finished_their_median_is_the_limit():
@@ -472,10 +576,11 @@ def survivors(mark):
 @pytest.mark.slow
 def test_twenty_sigkills_change_nothing_and_leave_no_process(tmp_path):
     flags = [*SMALL, "--", "--seconds", 0.3]  # 25 events in some 4 s
-    finished(tmp_path / "whole", *flags)
+    finished(tmp_path / "whole", *SMALL)
     chance, mark, struck = random.Random(0), f"pbt-test-{os.getpid()}-{time.time()}", set()
     for kill in range(20):
-        process = launch(tmp_path / "a", *resume(tmp_path / "a"), *flags, env=os.environ | {"PBT_TEST": mark})
+        flags_now, env = [*resume(tmp_path / "a"), *flags], os.environ | {"PBT_TEST": mark}
+        process = launch(tmp_path / "a", *flags_now, env=env, process=subprocess.Popen if kill == 0 else Forked)
         if kill % 4 == 0:
             time.sleep(chance.uniform(0, 0.6))  # while it starts
         else:
@@ -510,9 +615,27 @@ def test_signals_stop_everything_and_say_how_to_go_on(tmp_path, number):
     command = err.splitlines()[-1].split("to go on:")[1].split()
     assert command[:2] == ["python", "pbt_launcher.py"] and command.index("--resume") < command.index("--")
     assert pbt.main(command[2:]) == 0
-    finished(tmp_path / "b", *flags)
+    finished(tmp_path / "b", *SMALL)
     a, b = (decisions(tmp_path / x) for x in "ab")
     assert a == b
+
+
+@pytest.mark.parametrize("legs", [0, 6])
+def test_a_signal_ends_the_loop_and_the_summary_names_it(tmp_path, legs):
+    left = [signal.SIGTERM]  # a second one would end pytest
+
+    class Signalled(Inline):
+        def start(self, request):
+            if left and len(events(tmp_path / "a", "leg")) == legs:
+                os.kill(os.getpid(), left.pop())
+            super().start(request)
+
+    out, err = finished(tmp_path / "a", *SMALL, "--slots", 1, status=128 + signal.SIGTERM, slot=Signalled)
+    assert json.loads(out)["signal"] == signal.SIGTERM and "to go on:" in err and "to evaluate" not in err
+    assert len(events(tmp_path / "a", "leg")) < legs + 2 and (json.loads(out)["leg"] is None) == (legs == 0)
+    finished(tmp_path / "a", *SMALL, "--slots", 1, *(["--resume"] if legs else []))
+    finished(tmp_path / "b", *SMALL)
+    assert decisions(tmp_path / "a") == decisions(tmp_path / "b")
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -571,11 +694,11 @@ def test_scripts_that_cannot_be_members(tmp_path):
     for i, (source, message) in enumerate(sources.items()):
         script = tmp_path / f"script{i}.py"
         script.write_text(source)
-        err = refused(tmp_path / "a", *SMALL, script=str(script))
+        slot = PROCESS if source == argparse else Inline  # it writes to the slot's standard error
+        err = refused(tmp_path / "a", *SMALL, script=str(script), slot=slot)
         assert f"{script.name}: " in err and message in err
 
 
-@pytest.mark.slow
 def test_a_folder_belongs_to_one_population(tmp_path):
     finished(tmp_path / "a", *SMALL)
     assert "holds a population: go on with --resume" in refused(tmp_path / "a", *SMALL)
@@ -622,22 +745,6 @@ CARTPOLE += ["--mutate", "learning_rate:log:1e-4:1e-2"]
 FLAGS = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--update-epochs", "2", "--no-compile"]
 
 
-class Inline:
-    """A slot in this process, so that the script need not be imported again."""
-
-    def __init__(self, index, args):
-        self.script, self.available, self.kill = pbt.Script(args.script), lambda: True, lambda: None
-
-    def start(self, request):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pbt.os, "dup2", lambda *files: None)  # pytest keeps its own standard output
-            self.result = self.script.answer(request)
-
-    def poll(self):
-        result, self.result = self.result, None
-        return result
-
-
 SCRIPT_MISTAKES = [
     (
         ["--mutate", "gamma:lin:1.5:2", "--mutate", "ent_coef:lin:0:1"],
@@ -659,16 +766,14 @@ SCRIPT_MISTAKES = [
 
 
 @pytest.mark.parametrize("flags,message", SCRIPT_MISTAKES)
-def test_a_mistake_that_a_real_script_sees(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(pbt, "LocalSlot", Inline)
+def test_a_mistake_that_a_real_script_sees(tmp_path, flags, message):
     assert message in refused(tmp_path / "a", *CARTPOLE, *flags, script=PPO)
 
 
-def test_a_real_script_scored_by_evaluation(tmp_path, monkeypatch):
+def test_a_real_script_scored_by_evaluation(tmp_path):
     """A leg's score is the mean of the script's own evaluation of its checkpoint."""
     import ppo_clip
 
-    monkeypatch.setattr(pbt, "LocalSlot", Inline)
     flags = [*CARTPOLE, "--total-timesteps", 512, "--score", "evaluation", "--eval-episodes", 4, "--", *FLAGS]
     finished(tmp_path / "a", *flags, script=PPO)
     for leg in events(tmp_path / "a", "leg"):
@@ -680,7 +785,7 @@ def test_a_real_script_scored_by_evaluation(tmp_path, monkeypatch):
 def test_quantile_zero_is_the_scripts_run_one_by_one_bit_for_bit(tmp_path):
     import ppo_clip
 
-    finished(tmp_path / "a", *CARTPOLE, "--quantile", 0, "--", *FLAGS, script=PPO)
+    finished(tmp_path / "a", *CARTPOLE, "--quantile", 0, "--", *FLAGS, script=PPO, slot=PROCESS)
     members = pbt.load_population(tmp_path / "a").members
     for m in members.values():
         flags = ["--env-id", "CartPole-v1", "--total-timesteps", "2048", "--checkpoint-every", "512", *FLAGS]
@@ -771,6 +876,6 @@ def test_two_ray_nodes_one_of_them_killed(tmp_path):
     finally:
         ray.shutdown()
         cluster.shutdown()
-    finished(tmp_path / "b", *flags)
+    finished(tmp_path / "b", *SMALL)
     a, b = (sorted((e["member"], e["step"], e["score"]) for e in events(tmp_path / x, "leg")) for x in "ab")
     assert a == b

@@ -175,7 +175,7 @@ def test_ctrl_c_while_compiling_is_one_line(tmp_path, cli, monkeypatch):
     """An empty cache, so that the compiler is running, which Ctrl-C reaches as well."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     flags = ["--env-id", "CartPole-v1", "--run-dir", "a", "--num-workers", 2, "--compile"]
-    process = cli("ppo_clip", *flags, wait=False, start_new_session=True)
+    process = cli("ppo_clip", *flags, wait=False, fresh=True, start_new_session=True)
     wait_for(lambda: any("cc1plus" in command(pid) for pid in descendants(process.pid)), process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
