@@ -291,11 +291,9 @@ class Run:
 
     def progress(self):
         """The rows of progress.csv so far."""
-        try:
-            with open(self.folder / "progress.csv") as file:
-                return [row for row in csv.DictReader(file) if None not in row.values()]
-        except FileNotFoundError:
-            return []
+        path = self.folder / "progress.csv"  # read at once, because it grows
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [row for row in csv.DictReader(lines) if None not in row.values()]
 
     def step(self):
         rows = self.progress()

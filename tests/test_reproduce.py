@@ -39,19 +39,25 @@ def running(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("study", [name for name in reproduce.STUDIES if name != "v4-baselines"])
 def test_every_setting_of_every_study_runs(study, tmp_path, monkeypatch, capsys):
-    """One environment each, so that a misspelt flag or environment shows here and not after eight hours."""
-    env = reproduce.STUDIES[study].envs[-1]
-    only = dataclasses.replace(reproduce.STUDIES[study], envs=(env,), seeds=1, steps=2048)
+    """One environment each, so that a misspelt flag or environment shows here and not after eight hours. Settings of
+    other libraries are left out."""
+    settings, env = reproduce.STUDIES[study].settings, reproduce.STUDIES[study].envs[-1]
+    settings = tuple(s for s in settings if s.script != "benchmark/sb3.py")
+    for package in ("mpe2", "gymnasium_robotics"):
+        if env.startswith(package):
+            pytest.importorskip(package, reason=f"optional package {package} is not installed")
+    steps = 3200 if settings[0].script == "ppo_multiagent.py" else 2048  # one iteration or two
+    only = dataclasses.replace(reproduce.STUDIES[study], settings=settings, envs=(env,), seeds=1, steps=steps)
     forks = types.SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr(reproduce, "subprocess", forks)
     folders = tmp_path / "results", tmp_path / "runs"
     assert reproduce.reproduce(study, only, 2, *folders) == 0, capsys.readouterr()
     stored = reproduce.read(study, tmp_path / "results")
-    names = {s.name for s in reproduce.STUDIES[study].settings}
+    names = {s.name for s in settings}
     assert set(stored) == {(name, env, 1) for name in names}
-    assert all(int(rows[-1]["step"]) == 2048 for rows in stored.values())
+    assert all(steps <= int(rows[-1]["step"]) < 2 * steps for rows in stored.values())
     text = plot.table(study, tmp_path / "results")
-    assert all(f"| {name} |" in text for name in names) and f"| {env} |" in text.replace(" normalised", "|")
+    assert all(f"| {name} |" in text for name in names) and f"| {env}" in text
     plot.curves(study, tmp_path / "results")
     assert (tmp_path / "results" / f"{study}.png").exists() and (tmp_path / "results" / f"{study}.json").exists()
 
