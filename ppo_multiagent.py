@@ -142,7 +142,7 @@ class Args:
 PRESETS = {  # what --algorithm changes about the defaults
     "mappo": {},
     "ippo": {},
-    "selfplay": {
+    "selfplay": {  # a game has one result, and a noisy one: small gamma and lambda tie it to the moves just before
         "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
         "learning_rate": 1e-2, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.15, "max_grad_norm": 0.5,
         "gamma": 0.8, "gae_lambda": 0.8, "ent_final": 0.1, "opening_plies": 16,
@@ -205,9 +205,8 @@ class RunningMeanStd(nn.Module):
 class StackedMLP(nn.Module):
     """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
     P = 1: the same network for each of the G agents; P = G: one network each.
-
-    windows (W, K), where a world has some, are sets of K inputs that mean the same at W places. Then the first layer is
-    narrower, and looks through each of them with the same weights: what is learned at one place is known at all."""
+    windows (W, K), where a world has some, are sets of K inputs that mean the same at W places. Then the first layer, a
+    quarter as wide, looks through each of them with the same weights: what is learned at one place is known at all."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
@@ -227,7 +226,7 @@ class StackedMLP(nn.Module):
         P, lead = len(self.weights[0]), x.shape[:-1]
         x = x.flatten(0, -2)[None] if P == 1 else x.flatten(0, -3).transpose(0, 1)  # (P, rows, inputs)
         if self.windows is not None:
-            x = x[..., self.windows]  # (P, rows, W, K): the first product has rows * W rows, the next ones rows again
+            x = x[..., self.windows]  # (P, rows, W, K): the first product is of rows * W rows
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, (x.relu() if i else x).reshape(P, -1, weight.shape[1]), weight)
         return x.transpose(0, 1).reshape(*lead, x.shape[-1])
@@ -581,7 +580,11 @@ def epoch_of_updates(update, loop, agent, state, data, order, coef, norm_adv):
 @torch.no_grad()
 def team_kl(team, data):
     """The exact KL(old||new) in nats, averaged over the batch's living agents, as a scalar tensor."""
-    kl = kl_divergence(team.distribution(data["old_policy"]), team.policy(data["obs"], data["legal"]))  # (B, G)
+    old, new = data["old_policy"], team.policy_parameters(data["obs"], data["legal"])
+    if team.discrete:  # NOTE: by hand, since kl_divergence is inf where a probability is too small for a float
+        kl = (old.exp() * (old - new)).sum(-1)  # (B, G)
+    else:
+        kl = kl_divergence(team.distribution(old), team.distribution(new))
     return (kl * data["alive"]).sum() / data["alive"].sum()
 
 
@@ -909,9 +912,7 @@ class ConnectFour:
 
     A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
     whatever they learn on one side they know on the other; half of all positions need not be learned at all.
-
-    The windows are the 12 squares of 4 x 4 cells. Each of the 69 lines lies in one of them, and looks the same there as
-    everywhere else.
+    The windows are the 12 squares of 4 x 4 cells: each of the 69 lines lies in at least one of them.
     """
 
     obs_dim, num_actions, max_plies = 126, 7, 42

@@ -728,6 +728,22 @@ def test_openings_are_games_in_progress():
     assert torch.equal(world.game.boards, opening)
 
 
+def test_the_kl_is_finite_where_a_probability_vanishes():
+    """A hundred nats below the best move, a legal move's probability is too small for a float, its logarithm is not."""
+    world = Space(1)
+    team = make_team(world, "ippo")
+    data = make_batch(team, world)
+    with torch.no_grad():
+        old, new = data["old_policy"], team.policy_parameters(data["obs"], data["legal"])
+        assert torch.equal(old, new) and ma.team_kl(team, data) == 0
+        data["old_policy"] = torch.randn_like(old).log_softmax(-1)
+        expected = torch.distributions.kl_divergence(team.distribution(data["old_policy"]), team.distribution(new))
+        assert ma.team_kl(team, data).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+        team.actor.weights[-1].data *= 1e3
+        kl = ma.team_kl(team, data)
+    assert 100 < kl < 1e6
+
+
 def test_the_entropy_weight_falls_on_a_straight_line(tmp_path, monkeypatch):
     accelerated, seen = ma.accelerated, []
 
