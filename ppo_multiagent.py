@@ -69,7 +69,7 @@ import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
-from itertools import dropwhile, pairwise, takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -129,6 +129,7 @@ class Args:
     norm_adv: bool = True  # normalise advantages in each minibatch, over all samples that a learner learns from
     clip_coef: float = 0.2  # eps of the clip
     ent_coef: float = 0.01  # weight of the entropy bonus
+    ent_final: float = 1.0  # the share of it that is left at the end of the run, on a straight line
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
@@ -141,10 +142,10 @@ class Args:
 PRESETS = {  # what --algorithm changes about the defaults
     "mappo": {},
     "ippo": {},
-    "selfplay": {
+    "selfplay": {  # a game has one result, and a noisy one: small gamma and lambda tie it to the moves just before
         "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
-        "learning_rate": 3e-3, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.05, "max_grad_norm": 0.5,
-        "gamma": 0.95, "opening_plies": 16,
+        "learning_rate": 1e-2, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.15, "max_grad_norm": 0.5,
+        "gamma": 0.8, "gae_lambda": 0.8, "ent_final": 0.1, "opening_plies": 16,
     },
 }  # fmt: skip
 
@@ -203,13 +204,19 @@ class RunningMeanStd(nn.Module):
 
 class StackedMLP(nn.Module):
     """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
-    P = 1: the same network for each of the G agents; P = G: one network each."""
+    P = 1: the same network for each of the G agents; P = G: one network each.
+    windows (W, K), where a world has some, are sets of K inputs that mean the same at W places. Then the first layer, a
+    quarter as wide, looks through each of them with the same weights: what is learned at one place is known at all."""
 
-    def __init__(self, P, inputs, hidden, outputs, output_gain):
+    def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
+        self.register_buffer("windows", windows, persistent=False)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        gains = (math.sqrt(2), math.sqrt(2), output_gain)
-        for gain, (n_in, n_out) in zip(gains, pairwise((inputs, hidden, hidden, outputs))):
+        ins, outs = [inputs, hidden, hidden], [hidden, hidden, outputs]
+        if windows is not None:
+            (W, K), narrow = windows.shape, math.ceil(hidden / 4)
+            ins[:2], outs[0] = (K, W * narrow), narrow
+        for n_in, n_out, gain in zip(ins, outs, (math.sqrt(2), math.sqrt(2), output_gain)):
             self.weights.append(torch.empty(P, n_in, n_out))
             self.biases.append(torch.zeros(P, 1, n_out))
             for weight in self.weights[-1]:
@@ -218,8 +225,10 @@ class StackedMLP(nn.Module):
     def forward(self, x):
         P, lead = len(self.weights[0]), x.shape[:-1]
         x = x.flatten(0, -2)[None] if P == 1 else x.flatten(0, -3).transpose(0, 1)  # (P, rows, inputs)
+        if self.windows is not None:
+            x = x[..., self.windows]  # (P, rows, W, K): the first product is of rows * W rows
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x.relu() if i else x, weight)
+            x = torch.baddbmm(bias, (x.relu() if i else x).reshape(P, -1, weight.shape[1]), weight)
         return x.transpose(0, 1).reshape(*lead, x.shape[-1])
 
 
@@ -241,8 +250,9 @@ class Team(nn.Module):
         self.register_buffer("identity", torch.eye(self.G), persistent=False)
         ids = self.G if self.P < self.G else 0  # the one-hot agent id, where agents share a network
         D = {"obs": world.obs_dim, "state": world.state_dim, "state-actions": world.state_dim + self.G * A}
-        self.actor = StackedMLP(self.P, world.obs_dim + ids, args.hidden_size, A, output_gain=0.01)
-        self.critic = StackedMLP(self.P, D[self.critic_sees] + ids, args.hidden_size, 1, output_gain=1.0)
+        windows = getattr(world, "windows", None)
+        self.actor = StackedMLP(self.P, world.obs_dim + ids, args.hidden_size, A, 0.01, windows)
+        self.critic = StackedMLP(self.P, D[self.critic_sees] + ids, args.hidden_size, 1, 1.0, windows)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(self.P, A))  # the same in all states; ppo_clip.py says why
         scaled = self.P if args.norm_obs else 0
@@ -570,7 +580,11 @@ def epoch_of_updates(update, loop, agent, state, data, order, coef, norm_adv):
 @torch.no_grad()
 def team_kl(team, data):
     """The exact KL(old||new) in nats, averaged over the batch's living agents, as a scalar tensor."""
-    kl = kl_divergence(team.distribution(data["old_policy"]), team.policy(data["obs"], data["legal"]))  # (B, G)
+    old, new = data["old_policy"], team.policy_parameters(data["obs"], data["legal"])
+    if team.discrete:  # NOTE: by hand, since kl_divergence is inf where a probability is too small for a float
+        kl = (old.exp() * (old - new)).sum(-1)  # (B, G)
+    else:
+        kl = kl_divergence(team.distribution(old), team.distribution(new))
     return (kl * data["alive"]).sum() / data["alive"].sum()
 
 
@@ -614,6 +628,7 @@ def train(args: Args) -> dict:
         while global_step < run.last_step and not signals:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             coef["learning_rate"].fill_(args.learning_rate * (remaining if args.lr_schedule == "linear" else 1))
+            coef["ent_coef"].fill_(args.ent_coef * (args.ent_final + (1 - args.ent_final) * remaining))
 
             # ---- self-play: who sits on the other side ---------------------------------------------------------------
             if pool:
@@ -679,6 +694,7 @@ class SelfPlay:
 
     def __init__(self, game, args):
         self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
+        self.windows = getattr(game, "windows", None)
         self.action_space = gym.spaces.Discrete(game.num_actions)
         N, device = game.num_envs, game.device
         self.opening_plies = args.opening_plies
@@ -686,7 +702,8 @@ class SelfPlay:
         # A hand is HAND actors, stacked. A game keeps its opponent until it ends, and a new iteration may begin
         # meanwhile: then the former hand goes on with it. `begun`: games that began with the present hand.
         self.hand, self.former = (
-            StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0).to(device) for _ in range(2)
+            StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0, self.windows).to(device)
+            for _ in range(2)
         )
         self.begun = torch.ones(self.past, dtype=torch.bool, device=device)
 
@@ -895,9 +912,11 @@ class ConnectFour:
 
     A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
     whatever they learn on one side they know on the other; half of all positions need not be learned at all.
+    The windows are the 12 squares of 4 x 4 cells: each of the 69 lines lies in at least one of them.
     """
 
     obs_dim, num_actions, max_plies = 126, 7, 42
+    windows = torch.arange(126).view(3, 7, 6).unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4).reshape(12, 48)
 
     def __init__(self, num_envs, device):
         self.num_envs, self.device = num_envs, device
@@ -1619,7 +1638,7 @@ def parse_args(argv=None) -> Args:
 def check_args(args):
     """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0}
-    lowest |= {"latest_prob": 0, "opening_plies": 0}
+    lowest |= {"latest_prob": 0, "opening_plies": 0, "ent_final": 0}
     highest = {"gamma": 1, "gae_lambda": 1, "latest_prob": 1, "clip_coef": math.inf}
     for key, x in vars(args).items():
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)

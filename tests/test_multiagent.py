@@ -144,6 +144,35 @@ def test_a_mirrored_position_looks_the_same_and_gets_the_mirrored_move():
         left.restart(over), right.restart(over)
 
 
+def test_every_line_lies_in_a_window():
+    """And the windows differ by a shift alone: a line means the same in all of them."""
+    windows, cell, lines = ma.ConnectFour.windows, torch.arange(42).view(7, 6), []
+    for dx, dy in ((1, 0), (0, 1), (1, 1), (1, -1)):
+        for x, y in itertools.product(range(7), range(6)):
+            if x + 3 * dx < 7 and 0 <= y + 3 * dy < 6:
+                lines.append({int(cell[x + i * dx, y + i * dy]) for i in range(4)})
+    assert len(lines) == 69 and windows.shape == (12, 48)
+    assert all(any(line <= set(window[:16].tolist()) for window in windows) for line in lines)
+    assert torch.equal(windows, windows[:, :1] + windows[0]) and not windows[0, 0]
+    assert all(torch.equal(windows[:, :16] + 42 * k, windows[:, 16 * k : 16 * k + 16]) for k in (1, 2))
+
+
+@pytest.mark.parametrize("P", [1, 2])
+def test_windows_are_seen_through_the_same_weights(P):
+    """The network against the sum written out; none of its rows are mixed up, nor those of two learners."""
+    windows = torch.tensor([[0, 1, 3], [2, 1, 4]])
+    net, x = ma.StackedMLP(P, 5, 8, 3, 1.0, windows), torch.randn(6, 2, 5)
+    for bias in net.biases:
+        torch.nn.init.normal_(bias)
+    assert [tuple(x.shape) for x in net.weights] == [(P, 3, 2), (P, 4, 8), (P, 8, 3)] and len(net.state_dict()) == 6
+    with torch.no_grad():
+        out = net(x)
+    for n, g in itertools.product(range(6), range(2)):
+        (first, second, last), (a, b, c) = ([w[g % P] for w in ws] for ws in (net.weights, net.biases))
+        seen = torch.cat([(x[n, g, window] @ first + a[0]).relu() for window in windows])
+        torch.testing.assert_close(out[n, g], (seen @ second + b[0]).relu() @ last + c[0])
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_pettingzoo_world_row_by_row(num_workers):
     """Who is alive, padding, masks, rewards, and what is seen last, of agents that die before the others."""
@@ -706,6 +735,35 @@ def test_openings_are_games_in_progress():
     assert (seen[0] != seen[1]).any()
     world.reset(torch.Generator())
     assert torch.equal(world.game.boards, opening)
+
+
+def test_the_kl_is_finite_where_a_probability_vanishes():
+    """A hundred nats below the best move, a legal move's probability is too small for a float, its logarithm is not."""
+    world = Space(1)
+    team = make_team(world, "ippo")
+    data = make_batch(team, world)
+    with torch.no_grad():
+        old, new = data["old_policy"], team.policy_parameters(data["obs"], data["legal"])
+        assert torch.equal(old, new) and ma.team_kl(team, data) == 0
+        data["old_policy"] = torch.randn_like(old).log_softmax(-1)
+        expected = torch.distributions.kl_divergence(team.distribution(data["old_policy"]), team.distribution(new))
+        assert ma.team_kl(team, data).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+        team.actor.weights[-1].data *= 1e3
+        kl = ma.team_kl(team, data)
+    assert 100 < kl < 1e6
+
+
+def test_the_entropy_weight_falls_on_a_straight_line(tmp_path, monkeypatch):
+    accelerated, seen = ma.accelerated, []
+
+    def spied(args, function, *rest):
+        epoch = accelerated(args, function, *rest)
+        return lambda: seen.append(rest[5]["ent_coef"].item()) or epoch()
+
+    monkeypatch.setattr(ma, "accelerated", spied)
+    flags = ["--num-envs", 4, "--num-steps", 25, "--total-timesteps", 300, "--update-epochs", 1, "--ent-coef", 0.2]
+    train(tmp_path, *flags, "--ent-final", 0.1)
+    assert seen == pytest.approx([0.2, 0.14, 0.08])  # at the end of the run it would be 0.02
 
 
 @pytest.mark.slow
