@@ -874,7 +874,7 @@ def test_defaults_are_those_that_the_stored_results_were_made_with():
     papers |= {"gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "ent_coef": 0.01, "max_grad_norm": 10.0}
     ours = {"num_minibatches": 4, "vf_coef": 0.5, "norm_adv": True, "norm_obs": True, "share_params": True}
     ours |= {"algorithm": "mappo", "critic_input": "state", "team_reward": "sum", "lr_schedule": "linear"}
-    ours |= {"env_id": "simple_spread", "env_kwargs": "{}", "num_workers": ma.CORES}
+    ours |= {"env_id": "simple_spread", "env_kwargs": "{}", "num_workers": ma.CORES, "ent_final": 1.0}
     selfplay = {"latest_prob": 0.5, "opening_plies": 0, "snapshot_every": 10, "pool_size": 32}
     contract = {"total_timesteps": 1_000_000, "seed": 1, "cuda": False, "compile": True, "run_dir": None}
     contract |= {"checkpoint_every": 100_000, "resume": None, "stop_at_step": None, "evaluate": None}
