@@ -3,6 +3,7 @@ edits exist."""
 
 import importlib
 import importlib.util
+import json
 import re
 import statistics
 
@@ -45,6 +46,21 @@ def test_the_scores_of_the_first_page_are_those_of_the_stored_runs(monkeypatch):
         ends = [float(x[-1]["episodic_return"]) for (s, env, _), x in runs.items() if (s, env) == (script, "Hopper-v4")]
         cell = f"{statistics.fmean(ends):.0f} ± {statistics.stdev(ends):.0f}"
         assert re.search(rf"^\| \[`{script}`\].*\| {cell} \|", README, flags=re.M), f"{script}: {cell}"
+
+
+@pytest.mark.parametrize("group", ["ppo", "trpo", "teams"])
+def test_the_speeds_are_the_stored_ones(group):
+    """Medians and ranges of the CPU's table, by the name of the contender."""
+    stored, rows = json.loads((ROOT / f"benchmark/results/speed_{group}.json").read_text()), 0
+    if group == "trpo":
+        del stored["bare environments, 1 core"]  # the table's are from the run beside PPO
+    for line in TEXT["speed.md"].splitlines():
+        name, *cells = (x.strip() for x in line.strip("| ").split(" | "))
+        if (name := name.replace(" (`--num-workers 0`)", "")) in stored:
+            sps = [run["sps"] for run in stored[name]]
+            assert cells[:2] == [f"{statistics.median(sps):.0f}", f"{min(sps):.0f}-{max(sps):.0f}"], name
+            rows += 1
+    assert rows >= 3
 
 
 def test_the_first_page_is_short():
