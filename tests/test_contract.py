@@ -149,6 +149,7 @@ def test_resume_into_another_folder(trainer, tmp_path):
     assert int(rows(tmp_path / "b")[0]["global_step"]) == 1152
 
 
+@pytest.mark.slow
 def test_a_new_seed_begins_a_stream_of_its_own(trainer, tmp_path):
     """A population's clone must not repeat its donor's noise: --seed with --resume changes it."""
     run(trainer, "--run-dir", tmp_path / "a", "--stop-at-step", 1024, small=small_for(trainer))
@@ -701,6 +702,7 @@ def test_capture_video(tmp_path, capsys, monkeypatch):
     one_line(capsys, "ppo_clip")
 
 
+@pytest.mark.slow
 def test_no_noise_and_no_stray_files(tmp_path, cli):
     """The v4 environments train without a warning on the terminal or a MUJOCO_LOG.TXT in the working folder."""
     flags = ["--env-id", "HalfCheetah-v4", "--total-timesteps", 2048, "--run-dir", "a", "--no-compile"]
@@ -710,6 +712,7 @@ def test_no_noise_and_no_stray_files(tmp_path, cli):
     assert {p.name for p in tmp_path.iterdir()} == {"a"}
 
 
+@pytest.mark.slow
 def test_subprocess_status_and_streams(tmp_path, cli):
     process = cli("ppo_clip", "--env-id", "Hoper-v4", fresh=True)
     assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1

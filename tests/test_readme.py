@@ -110,6 +110,7 @@ def edits():
         yield pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", edits())
 def test_the_edits_of_the_page_work_on_a_copy(pairs, tmp_path):
     source = (ROOT / "ppo_clip.py").read_text()

@@ -27,7 +27,17 @@ def tournament():
 def run(tmp_path_factory):
     """Self-play for some seconds: better than random, far from good."""
     path = tmp_path_factory.mktemp("selfplay") / "run"
-    flags = ["--algorithm", "selfplay", "--total-timesteps", 16384 * 8, "--snapshot-every", 2, "--no-compile"]
+    flags = [
+        "--algorithm",
+        "selfplay",
+        "--total-timesteps",
+        16384 * 8,
+        "--snapshot-every",
+        2,
+        "--hidden-size",
+        32,
+        "--no-compile",
+    ]
     ma.train(ma.parse_args([*map(str, flags), "--run-dir", str(path)]))
     return path
 
@@ -76,6 +86,7 @@ def test_shares_of_wins_and_blocks(tournament, monkeypatch, column, wins, blocks
     assert result["wins_by_chance"] == pytest.approx(1 / 7) and result["blocks_by_chance"] == pytest.approx(1 / 7)
 
 
+@pytest.mark.slow
 def test_a_real_team_is_its_own_mirror_image(tournament, run):
     team, *_ = ma.load_team(run)
     positions = tournament.positions(ma.random_player(torch.Generator().manual_seed(0)), 50)
