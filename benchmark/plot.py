@@ -393,8 +393,8 @@ def direction_agreement(trpo, folder, seeds=range(6)):
 
 
 def agreement():
-    """Why TRPO does not keep a pendulum that it has solved: InvertedDoublePendulum-v4 beside Hopper-v4, seed 101.
-    Above, the return; below, how far batches agree on the next step's direction. Trains what agreement.json lacks."""
+    """InvertedDoublePendulum-v4 beside Hopper-v4, seed 101: above, TRPO's return; below, how far batches agree on the
+    next step's direction. Trains what agreement.json lacks."""
     path, envs = RESULTS / "agreement.json", ("InvertedDoublePendulum-v4", "Hopper-v4")
     stored = json.loads(path.read_text()) if path.exists() else {}
     for env in envs:
