@@ -358,17 +358,6 @@ def update(agent, state, batch, coef, norm_adv):
     return {"parameters": state["parameters"] - coef["learning_rate"] * step, "m": m, "v": v, "t": t, "sums": sums}
 
 
-def epoch_of_updates(update, loop, agent, state, data, order, coef, norm_adv):
-    """One pass over the batch, in minibatches data[index] for each row of order (B/M, M). Overwrites state. loop(step,
-    rows, state) calls state = step(state, row) for each row, as functools.reduce does."""
-
-    def minibatch_update(state, index):
-        return update(agent, state, {key: x[index] for key, x in data.items()}, coef, norm_adv)
-
-    for key, x in loop(minibatch_update, order, state).items():
-        state[key].copy_(x)
-
-
 @torch.no_grad()
 def mean_kl(agent, data):
     """The exact KL(old||new) in nats, averaged over the batch's states, as a scalar tensor."""
@@ -404,7 +393,7 @@ def train(args: Args) -> dict:
     order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
     names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]
     state = initial_state(agent, len(names))
-    run_epoch = accelerated(args, epoch_of_updates, update, agent, state, data, order, coef, args.norm_adv)
+    run_epoch = accelerated(args, update, agent, state, data, order, coef, args.norm_adv)
     global_step, learning_rate = run.restore(agent, state, actors), run.adapted("learning_rate", "learning_rate")
     if global_step >= run.last_step:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
@@ -663,18 +652,26 @@ def gradient(loss, vector):
 
 
 def scan_loop(step, rows, state):
-    """functools.reduce as one node of a compiled graph. No Python runs in it: 95 us a minibatch instead of 150."""
+    """functools.reduce, as one node of a compiled graph. No Python runs in it: 95 us a minibatch instead of 150."""
     return scan(lambda state, row: (step(state, row), row[0].clone()), state, rows)[0]
 
 
-def accelerated(args, epoch, update, *operands):
-    """epoch(update, loop, *operands) as a function without arguments, in the fastest form that the run allows."""
+def accelerated(args, update, agent, state, data, order, *operands):
+    """One pass over the batch as a function without arguments, in the fastest form that the run allows. For each row of
+    order (B/M, M), the places of a minibatch in data, it overwrites state with update(agent, state, minibatch, ...)."""
+    loop = scan_loop if args.compile and not args.cuda else reduce
+    update = compiled(update, args.cuda) if args.compile and args.cuda else update
+
+    def minibatch_update(state, index):
+        return update(agent, state, {key: x[index] for key, x in data.items()}, *operands)
+
+    def epoch():
+        for key, x in loop(minibatch_update, order, state).items():
+            state[key].copy_(x)
+
     if args.cuda:
-        update = compiled(update, args.cuda) if args.compile else update
-        return CudaGraph(lambda: epoch(update, reduce, *operands))
-    if args.compile:
-        epoch = compiled(epoch, args.cuda)
-    return lambda: epoch(update, scan_loop if args.compile else reduce, *operands)
+        return CudaGraph(epoch)
+    return compiled(epoch, args.cuda) if args.compile else epoch
 
 
 def compiled(function, cuda):

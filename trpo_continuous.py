@@ -530,17 +530,6 @@ def critic_update(critic, state, batch, learning_rate):
     return {"parameters": state["parameters"] - learning_rate * step, "m": m, "v": v, "t": t, "sums": sums}
 
 
-def epoch_of_critic_updates(update, loop, critic, state, data, order, learning_rate):
-    """One pass over the batch, in minibatches data[index] for each row of order (B/M, M). Overwrites state. loop(step,
-    rows, state) calls state = step(state, row) for each row, as functools.reduce does."""
-
-    def minibatch_update(state, index):
-        return update(critic, state, {key: x[index] for key, x in data.items()}, learning_rate)
-
-    for key, x in loop(minibatch_update, order, state).items():
-        state[key].copy_(x)
-
-
 def train(args: Args) -> dict:
     """TRPO. Returns a summary: global_step, episodes, episodic_return and episodic_length (means of the last 100
     episodes), returns (of the episodes of this call, at most 100), checkpoint (its path), signal (the one that ended
@@ -564,7 +553,7 @@ def train(args: Args) -> dict:
     order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
     state = initial_state(agent.critic, 2)
     operands = {key: data[key] for key in ("obs", "return")}, order, torch.tensor(args.vf_learning_rate, device=device)
-    run_epoch = accelerated(args, epoch_of_critic_updates, critic_update, agent.critic, state, *operands)
+    run_epoch = accelerated(args, critic_update, agent.critic, state, *operands)
     solve, look = functions_of_theta(agent, data, args)
     global_step, beta = run.restore(agent, state, actors), args.beta
     if args.beta_schedule == "adaptive":
@@ -830,18 +819,26 @@ def gradient(loss, vector):
 
 
 def scan_loop(step, rows, state):
-    """functools.reduce as one node of a compiled graph. No Python runs in it: 95 us a minibatch instead of 150."""
+    """functools.reduce, as one node of a compiled graph. No Python runs in it: 95 us a minibatch instead of 150."""
     return scan(lambda state, row: (step(state, row), row[0].clone()), state, rows)[0]
 
 
-def accelerated(args, epoch, update, *operands):
-    """epoch(update, loop, *operands) as a function without arguments, in the fastest form that the run allows."""
+def accelerated(args, update, agent, state, data, order, *operands):
+    """One pass over the batch as a function without arguments, in the fastest form that the run allows. For each row of
+    order (B/M, M), the places of a minibatch in data, it overwrites state with update(agent, state, minibatch, ...)."""
+    loop = scan_loop if args.compile and not args.cuda else reduce
+    update = compiled(update, args.cuda) if args.compile and args.cuda else update
+
+    def minibatch_update(state, index):
+        return update(agent, state, {key: x[index] for key, x in data.items()}, *operands)
+
+    def epoch():
+        for key, x in loop(minibatch_update, order, state).items():
+            state[key].copy_(x)
+
     if args.cuda:
-        update = compiled(update, args.cuda) if args.compile else update
-        return CudaGraph(lambda: epoch(update, reduce, *operands))
-    if args.compile:
-        epoch = compiled(epoch, args.cuda)
-    return lambda: epoch(update, scan_loop if args.compile else reduce, *operands)
+        return CudaGraph(epoch)
+    return compiled(epoch, args.cuda) if args.compile else epoch
 
 
 def compiled(function, cuda):

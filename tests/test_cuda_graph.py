@@ -149,7 +149,7 @@ def epochs_on(script, device, compile, epochs=9):
     order = torch.zeros(4, 64, dtype=torch.long, device=device)
     state = script.initial_state(agent, len(script.ppo_loss(agent, data, coef, True)[1]) + 1)
     args = script.Args(compile=compile, cuda=device == "cuda")
-    run_epoch = script.accelerated(args, script.epoch_of_updates, script.update, agent, state, data, order, coef, True)
+    run_epoch = script.accelerated(args, script.update, agent, state, data, order, coef, True)
     rng = torch.Generator().manual_seed(0)
     for epoch in range(epochs):
         order.copy_(torch.randperm(256, generator=rng).view_as(order))

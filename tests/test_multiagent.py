@@ -756,9 +756,9 @@ def test_the_kl_is_finite_where_a_probability_vanishes():
 def test_the_entropy_weight_falls_on_a_straight_line(tmp_path, monkeypatch):
     accelerated, seen = ma.accelerated, []
 
-    def spied(args, function, *rest):
-        epoch = accelerated(args, function, *rest)
-        return lambda: seen.append(rest[5]["ent_coef"].item()) or epoch()
+    def spied(*operands):
+        epoch, coef = accelerated(*operands), operands[-2]
+        return lambda: seen.append(coef["ent_coef"].item()) or epoch()
 
     monkeypatch.setattr(ma, "accelerated", spied)
     flags = ["--num-envs", 4, "--num-steps", 25, "--total-timesteps", 300, "--update-epochs", 1, "--ent-coef", 0.2]

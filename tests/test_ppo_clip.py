@@ -171,7 +171,7 @@ def epochs(script, agent, data, coefs, norm_adv=True, compiled=False, minibatch=
     state, coef = script.initial_state(agent, len(names) + 1), {key: x.clone() for key, x in coefs[0].items()}
     order = torch.zeros(len(data["obs"]) // minibatch, minibatch, dtype=torch.long)
     args, rng = script.Args(compile=compiled), torch.Generator().manual_seed(0)
-    run = script.accelerated(args, script.epoch_of_updates, script.update, agent, state, data, order, coef, norm_adv)
+    run = script.accelerated(args, script.update, agent, state, data, order, coef, norm_adv)
     for values in coefs:
         for key, x in values.items():
             coef[key].copy_(x)

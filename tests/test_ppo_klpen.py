@@ -48,15 +48,20 @@ def test_beta_at_every_border():
 def test_beta_changes_once_per_iteration_and_only_then(tmp_path, monkeypatch):
     """Whatever a minibatch update sees during an iteration is the logged beta, and the next one follows by the rule.
     Over all epochs the old policy that it is compared with stays the one that collected the batch."""
-    seen, epoch_of_updates = [], ppo_klpen.epoch_of_updates
+    seen, accelerated = [], ppo_klpen.accelerated
 
-    def spy(update, loop, agent, state, data, order, coef, norm_adv):
-        with torch.no_grad():
-            unmoved = torch.equal(agent.policy_parameters(data["obs"]), data["old_policy"])
-        seen.append((coef["beta"].item(), data["old_policy"].clone(), unmoved))
-        epoch_of_updates(update, loop, agent, state, data, order, coef, norm_adv)
+    def spied(args, update, agent, state, data, order, coef, norm_adv):
+        epoch = accelerated(args, update, agent, state, data, order, coef, norm_adv)
 
-    monkeypatch.setattr(ppo_klpen, "epoch_of_updates", spy)
+        def spied_epoch():
+            with torch.no_grad():
+                unmoved = torch.equal(agent.policy_parameters(data["obs"]), data["old_policy"])
+            seen.append((coef["beta"].item(), data["old_policy"].clone(), unmoved))
+            epoch()
+
+        return spied_epoch
+
+    monkeypatch.setattr(ppo_klpen, "accelerated", spied)
     flags = ["--run-dir", str(tmp_path / "a"), "--learning-rate", "0.003", "--lr-schedule", "constant"]
     assert ppo_klpen.main([*SMALL, *flags]) == 0
     beta, kl = column(tmp_path / "a", "beta"), column(tmp_path / "a", "kl")

@@ -490,9 +490,7 @@ def test_compiled_critic_equals_eager():
         data, state = critic_data(agent, 1024), trpo.initial_state(agent.critic, 2)
         order, rng = torch.zeros(8, 128, dtype=torch.long), torch.Generator().manual_seed(0)
         operands = agent.critic, state, data, order, torch.tensor(1e-3)
-        epoch = trpo.accelerated(
-            trpo.Args(compile=compile), trpo.epoch_of_critic_updates, trpo.critic_update, *operands
-        )
+        epoch = trpo.accelerated(trpo.Args(compile=compile), trpo.critic_update, *operands)
         for _ in range(60):
             order.copy_(torch.randperm(1024, generator=rng).view(8, 128))
             epoch()
