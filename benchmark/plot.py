@@ -4,11 +4,12 @@
     python benchmark/plot.py learning-curves    # the figure of the first page
     python benchmark/plot.py klpen-beta         # KL and beta of ppo_klpen.py over a run
     python benchmark/plot.py notes              # one TRPO step, by the scripts' own functions (a minute)
+    python benchmark/plot.py pbt                # Population Based Training against random search
     python benchmark/plot.py agreement          # how far batches agree on TRPO's next step
     python benchmark/plot.py runs RUN ...       # run folders of your own: runs.png
     python benchmark/plot.py film RUN RUN RUN   # the looping picture of the first page, from three run folders
 
-The interval in ppo-table1's table needs scipy: pip install -r benchmark/requirements.txt
+The intervals of ppo-table1 and pbt need scipy: pip install -r benchmark/requirements.txt
 """
 
 import csv
@@ -79,7 +80,7 @@ def normalised(found, envs):
 
 
 def interval(values):
-    """95 % bootstrap interval of the mean over seeds."""
+    """95 % bootstrap interval of the mean."""
     from scipy.stats import bootstrap
 
     if len(set(values)) < 2:
@@ -367,6 +368,32 @@ def notes():
     figure.savefig(IMAGES / "notes.png", dpi=100)
 
 
+def populations(results):
+    """A markdown table of what PBT and random search have found, for each environment and length that is stored: see
+    reproduce.populations. Intervals are over populations."""
+    arms = {
+        "pbt": "PBT, best member, 50 fresh episodes",
+        "random": "random search, best member, 50 fresh episodes",
+        "pbt_members": "PBT, all members, training return",
+        "random_members": "random search, all members, training return",
+        "replay": "the schedule of PBT's winner, new seeds, training return",
+        "constant": "the setting of random search's winner, the same new seeds, training return",
+        "defaults": "defaults, the same new seeds, training return",
+    }
+    lines = []
+    for path in sorted(results.glob("pbt_*_*.json")):
+        _, env, steps = path.stem.split("_")
+        rows = json.loads(path.read_text())
+        lines += [f"| {env}, {int(steps):,} steps a member | mean | 95 % interval | by population |"]
+        lines += ["| --- | ---: | --- | --- |"]
+        for arm, name in arms.items():
+            x = [float(np.nanmean(row[arm])) for row in rows if arm in row]
+            if x:
+                low, high = interval(x)
+                lines += [f"| {name} | {np.mean(x):.0f} | {low:.0f}-{high:.0f} | {', '.join(f'{v:.0f}' for v in x)} |"]
+    return "\n".join(lines)
+
+
 def direction_agreement(trpo, folder, seeds=range(6)):
     """How far batches of one policy, one batch for each seed, agree on where to go: the mean correlation of their
     natural gradients, x'Fy / sqrt(x'Fx y'Fy) with F y = the other batch's gradient. 1: no noise; 0: only noise."""
@@ -430,16 +457,18 @@ def main():
     names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film, "runs": runs}
     names |= {"agreement": agreement}
     name, *folders = sys.argv[1:] or [None]
-    if name not in {*names, *STUDIES} or bool(folders) != (name in ("film", "runs")):
-        sys.exit(f"usage: python benchmark/plot.py [{' | '.join([*names, *STUDIES])}], film and runs with run folders")
+    if name not in {*names, *STUDIES, "pbt"} or bool(folders) != (name in ("film", "runs")):
+        known = " | ".join([*names, *STUDIES, "pbt"])
+        sys.exit(f"usage: python benchmark/plot.py [{known}], film and runs with run folders")
     if name in names:
         names[name](*folders)
         return
-    text = table(name, RESULTS)
+    text = populations(RESULTS) if name == "pbt" else table(name, RESULTS)
     (RESULTS / f"{name}.md").write_text(text + "\n")
     if (RESULTS / f"{name}.fresh.csv").exists():
         (RESULTS / f"{name}.fresh.md").write_text(fresh_table(name, RESULTS) + "\n")
-    curves(name, RESULTS)
+    if name in STUDIES:
+        curves(name, RESULTS)
     print(text)
 
 

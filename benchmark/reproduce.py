@@ -3,6 +3,7 @@
     python benchmark/reproduce.py --list                   # the studies, how many runs, roughly how long
     python benchmark/reproduce.py ppo-table1 --workers 2   # runs what is missing; it can be stopped at any moment
     python benchmark/reproduce.py v4 --fresh               # evaluates finished runs: STUDY.fresh.csv
+    python benchmark/reproduce.py pbt --workers 2          # Population Based Training against random search
     python benchmark/plot.py ppo-table1                    # the table and the figure, from the stored data
 
 A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv.gz gets a run's
@@ -29,6 +30,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium as gym
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +111,7 @@ FLAGS += [clip("ppo_clip.py --num-envs 64 --num-steps 32", "--num-envs", 64, "--
 FLAGS += [klpen("ppo_klpen.py --beta-schedule fixed", "--beta-schedule", "fixed")]
 FLAGS += [trpo("trpo_continuous.py --gamma 0.99", "--gamma", 0.99)]
 PENDULUMS = [clip("ppo_clip.py"), trpo("trpo_continuous.py"), *BASELINES[:2]]
-TERMINAL = Setting("time limit taken as the end", "ppo_clip.py", (), "terminal_envs:{}-terminal-v0")
+TERMINAL = Setting("time limit taken as the end", "ppo_clip.py", (), "reproduce:{}-terminal-v0")
 IPPO, ONE = ("--algorithm", "ippo"), ("--num-minibatches", 1)
 SPREAD = [team("MAPPO"), team("MAPPO, V(s, a^-g)", "--critic-input", "state-actions"), team("IPPO", *IPPO)]
 SPREAD += [team("MAPPO, one minibatch", *ONE), team("IPPO, one minibatch", *IPPO, *ONE)]
@@ -142,6 +144,22 @@ STUDIES = {
     "reference": Study("both speak and move", (team("MAPPO"),), REFERENCE, 3, 2_000_000, (190_000,)),
     "two-bodies": Study("MaMuJoCo, HalfCheetah 2x3", (team("MAPPO", *BODY),), ("gymnasium_robotics.mamujoco_v1",)),
 }
+
+
+class TimeLimitIsTheEnd(gym.Wrapper):
+    """For the study `truncation`. The scripts find it in this file, which is on their PYTHONPATH."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated or truncated, False, info
+
+
+for env_id in STUDIES["truncation"].envs:
+    gym.register(
+        f"{env_id}-terminal-v0",
+        entry_point=lambda env_id=env_id, **kwargs: TimeLimitIsTheEnd(gym.make(env_id, **kwargs)),
+        disable_env_checker=True,
+    )
 
 
 # ---- stored data -----------------------------------------------------------------------------------------------------
@@ -340,13 +358,77 @@ def reproduce(name, study, workers, results, folder):
     return failed
 
 
+# ---- populations -----------------------------------------------------------------------------------------------------
+
+SEARCH = ("--mutate", "learning_rate:log:3e-5:3e-3", "--mutate", "clip_coef:lin:0.05:0.4")
+SEARCH += ("--mutate", "ent_coef:log:1e-5:1e-2", "--mutate", "gae_lambda:log:0.9:0.99")
+POPULATION, LEGS, REPLAYS = 8, 20, 10
+
+
+def output(*command):
+    print(" ".join(map(str, command)), flush=True)
+    return subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def populate(folder, slots, env, steps, seed, members, *flags, script_flags=()):
+    """One population of ppo_clip.py, to its end; goes on where it was broken off. Returns its folder."""
+    command = [ROOT / "pbt_launcher.py", ROOT / "ppo_clip.py", "--env-id", env, "--run-dir", folder, *flags]
+    command += ["--seed", seed, "--population", members, "--slots", slots, "--total-timesteps", steps]
+    resume = ["--resume"] if legs(folder) else []
+    output(*command, "--interval", steps // LEGS, *resume, "--", *script_flags)
+    return folder
+
+
+def legs(folder):
+    """The finished legs of a population, in their order."""
+    path = folder / "events.jsonl"
+    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == "leg"]
+
+
+def final_returns(folder):
+    """Every member's mean training return over its last leg; nan where no episode ended in it."""
+    last = {leg["member"]: leg["score"] for leg in legs(folder)}
+    return [float("nan") if last[m] is None else last[m] for m in sorted(last)]
+
+
+def populations(env, steps, repetitions, slots, results, folder):
+    """Does Population Based Training help ppo_clip.py? Some five hours of two cores for each environment.
+
+    The unit is the population. PBT and random search (quantile 0: the same code, first draws and seeds) take the same
+    number of environment steps. Of each population, the best member on 50 fresh episodes with the mean action. Then, to
+    tell a good schedule from a lucky member, new seeds for three ways to train alone: with the schedule of PBT's winner
+    (--replay), with the constant setting of random search's winner, and with the script's default flags."""
+    rows = []
+    for repetition in range(repetitions):
+        seed, folders = 1000 * (repetition + 1), {}  # members' seeds count up from it
+        row = {"repetition": repetition, "population": POPULATION, "total_timesteps": steps}
+
+        def train(arm, *rest, repetition=repetition, **script_flags):
+            return populate(folder / f"{env}-{steps}" / f"{arm}-{repetition}", slots, env, steps, *rest, **script_flags)
+
+        for arm, flags in (("pbt", ()), ("random", ("--quantile", 0))):
+            folders[arm] = train(arm, seed, POPULATION, *SEARCH, *flags)
+            evaluation = ["--evaluate", folders[arm] / "best.pt", "--eval-episodes", 50, "--seed", seed + 500]
+            row[arm] = json.loads(output(ROOT / "ppo_clip.py", *evaluation))["mean"]
+            row[f"{arm}_members"] = final_returns(folders[arm])
+        best = max((leg for leg in legs(folders["random"]) if leg["score"] is not None), key=lambda leg: leg["score"])
+        constant = [f"--{name.replace('_', '-')}={x}" for name, x in best["hyper"].items()]
+        alone = {"replay": (("--replay", folders["pbt"]), ()), "constant": (("--quantile", 0), constant)}
+        alone["defaults"] = (("--quantile", 0), ())
+        for arm, (flags, script_flags) in alone.items():
+            row[arm] = final_returns(train(arm, seed + 100, REPLAYS, *flags, script_flags=script_flags))
+        rows.append(row)
+        (results / f"pbt_{env}_{steps}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=STUDIES)
+    parser.add_argument("study", nargs="?", choices=[*STUDIES, "pbt"])
     parser.add_argument("--fresh", action="store_true", help="evaluate the finished runs: 50 new episodes, twice")
     parser.add_argument("--list", action="store_true", help="name the studies and stop")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seeds", type=int, help="default: the study's")
+    parser.add_argument("--seeds", type=int, help="default: the study's; with pbt: populations of each kind, 5")
     parser.add_argument("--steps", type=int, help="environment steps of a run; default: the study's")
     parser.add_argument("--envs", nargs="+", help="only these environments")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmark/results")
@@ -359,6 +441,10 @@ def main():
             print(f"{name:16}{study.what}: {runs} runs of {study.steps} steps, some {hours:.1f} core hours")
         return 0
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: the runs are stopped, too
+    if args.study == "pbt":
+        for env in args.envs or ("Hopper-v4", "Walker2d-v4"):
+            populations(env, args.steps or 1_000_000, args.seeds or 5, args.workers, args.results, args.run_dir / "pbt")
+        return 0
     given = {"seeds": args.seeds, "steps": args.steps, "envs": args.envs and tuple(args.envs)}
     study = dataclasses.replace(STUDIES[args.study], **{key: x for key, x in given.items() if x is not None})
     if args.fresh:

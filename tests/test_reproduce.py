@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from waiting import wait_for
 sys.path.insert(0, str(ROOT / "benchmark"))
 reproduce = importlib.import_module("reproduce")
 plot = importlib.import_module("plot")
+speed = importlib.import_module("speed")
 
 TINY = ["--steps", "2048", "--seeds", "1"]
 
@@ -105,10 +107,25 @@ def test_a_run_that_another_study_has_is_copied(tmp_path):
     assert reproduce.stored_elsewhere("trpo-forms", tmp_path / "results", same, "Hopper-v4", 1, shorter.steps) is None
 
 
+@pytest.mark.slow
+def test_populations_are_compared(tmp_path, monkeypatch):
+    """The whole study, small: two populations of two members, then three ways to train one member alone."""
+    for name, value in (("POPULATION", 2), ("LEGS", 2), ("REPLAYS", 1)):
+        monkeypatch.setattr(reproduce, name, value)
+    reproduce.populations("Pendulum-v1", 8192, 1, 2, tmp_path, tmp_path / "runs")
+    (row,) = json.loads((tmp_path / "pbt_Pendulum-v1_8192.json").read_text())
+    assert all(-2000 < row[arm] < 0 for arm in ("pbt", "random"))
+    lengths = {"pbt_members": 2, "random_members": 2, "replay": 1, "constant": 1, "defaults": 1}
+    assert {arm: len(row[arm]) for arm in lengths} == lengths
+    legs = {path.name: len(reproduce.legs(path)) for path in (tmp_path / "runs/Pendulum-v1-8192").iterdir()}
+    assert legs == {"pbt-0": 4, "random-0": 4, "replay-0": 2, "constant-0": 2, "defaults-0": 2}
+    assert f"| PBT, best member, 50 fresh episodes | {row['pbt']:.0f} |" in plot.populations(tmp_path)
+
+
 def test_time_limits_become_ends():
     import gymnasium as gym
 
-    env = gym.make("terminal_envs:Pendulum-v1-terminal-v0")
+    env = gym.make("reproduce:Pendulum-v1-terminal-v0")
     env.reset(seed=0)
     endings = [env.step(env.action_space.sample())[2:4] for _ in range(200)]
     assert endings[-1] == (True, False) and not any(any(e) for e in endings[:-1])
@@ -136,6 +153,9 @@ def test_the_committed_tables_are_those_of_the_stored_data():
         if runs := reproduce.read(study, results):
             assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
             assert all(list(row) == list(reproduce.COLUMNS) for rows in runs.values() for row in rows)
+    assert (results / "pbt.md").read_text() == plot.populations(results) + "\n"
+    overhead = json.loads((results / "pbt_overhead.json").read_text())
+    assert (results / "pbt_overhead.md").read_text() == speed.population_table(overhead) + "\n"
 
 
 def test_settings_are_frozen_and_distinct():
