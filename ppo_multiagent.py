@@ -1272,7 +1272,7 @@ def gradient(loss, vector):
 
 
 def scan_loop(step, rows, state):
-    """functools.reduce, as one node of a compiled graph. No Python runs in it: 95 us a minibatch instead of 150."""
+    """functools.reduce, as one node of a compiled graph. No Python runs in it: 98 us a minibatch instead of 165."""
     return scan(lambda state, row: (step(state, row), row[0].clone()), state, rows)[0]
 
 

@@ -5,6 +5,7 @@
     python benchmark/plot.py klpen-beta         # KL and beta of ppo_klpen.py over a run
     python benchmark/plot.py notes              # one TRPO step, by the scripts' own functions (a minute)
     python benchmark/plot.py pbt                # Population Based Training against random search
+    python benchmark/plot.py selfplay           # how strong self-play is, and what each of its parts does
     python benchmark/plot.py agreement          # how far batches agree on TRPO's next step
     python benchmark/plot.py runs RUN ...       # run folders of your own: runs.png
     python benchmark/plot.py film RUN RUN RUN   # the looping picture of the first page, from three run folders
@@ -209,12 +210,23 @@ def curves(study, results):
 # ---- single pictures -------------------------------------------------------------------------------------------------
 
 
-def klpen_beta():
-    """KL and beta over one run of ppo_klpen.py on Hopper-v4 with a constant and one with a linear learning rate."""
+def klpen_runs():
+    """{run: [(step, kl, beta), ...]}"""
     runs = {}
     with gzip.open(RESULTS / "klpen-beta.csv.gz", "rt") as file:
         for row in csv.DictReader(file):
             runs.setdefault(row["run"], []).append([float(row[key]) for key in ("step", "kl", "beta")])
+    return runs
+
+
+def klpen_medians():
+    """{run: median KL over its second half}"""
+    return {name: np.median([kl for _, kl, _ in rows[len(rows) // 2 :]]) for name, rows in klpen_runs().items()}
+
+
+def klpen_beta():
+    """KL and beta over one run of ppo_klpen.py on Hopper-v4 with a constant and one with a linear learning rate."""
+    runs = klpen_runs()
     figure, axes = plt.subplots(2, 2, figsize=(10, 4.5), sharex=True, sharey="row")
     for name, (top, bottom) in zip(("constant, seed 11", "linear, seed 1"), axes.T, strict=True):
         step, kl, beta = np.array(runs[name]).T
@@ -228,10 +240,8 @@ def klpen_beta():
     axes[1, 0].set_ylabel("beta")
     figure.tight_layout()
     figure.savefig(IMAGES / "klpen_beta.png", dpi=110)
-    for name, rows in runs.items():
-        print(
-            f"{name}: median KL over the run's second half {np.median([kl for _, kl, _ in rows[len(rows) // 2 :]]):.4f}"
-        )
+    for name, median in klpen_medians().items():
+        print(f"{name}: median KL over the run's second half {median:.4f}")
 
 
 def learning_curves():
@@ -394,6 +404,42 @@ def populations(results):
     return "\n".join(lines)
 
 
+SELFPLAY = {  # rows of the table: how seed 101 was trained, and its name in selfplay_study.json
+    "**the defaults**": "w32_g80_l80_e15",
+    "without windows": "m_lr10_g80_l80_e15",
+    "without windows, and with `--gae-lambda 0.5`": "m_lr10_g80_l50_e15",
+    "with the former flags": "w32",
+    "both: no windows and the former flags": "default_before_windows",
+    "both, `--hidden-size 256`, 6M moves": "w256_6M",
+    "without random openings": "w32_noopening",
+    "with `--ent-final 1`": "w32_g80_l80_e15const",
+    "with `--ent-coef 0.05 --ent-final 1`": "w32_g80_l80_e05",
+    "with `--num-minibatches 64`": "w32_g80_l80_e15_mb64",
+    "with `--num-minibatches 8 --learning-rate 2e-2`": "w32_g80_l80_e15_mb8",
+    "with logits kept within 4 of zero by tanh": "w32_cap4",
+}
+
+
+def selfplay(results):
+    """A markdown table of what benchmark/tournament.py found: first one seed with other flags, then the defaults."""
+    rows = {(row["variant"], row["seed"]): row for row in json.loads((results / "selfplay_study.json").read_text())}
+
+    def line(name, row, won, blocked, right, games=("mcts-50", "mcts-1000")):
+        kinds = row["one_ply"]["own"], row["one_ply"]["random"]
+        moves = [" / ".join(f"{kind[key]:.2f}" for kind in kinds) for key in (won, blocked)]
+        cells = [f"{row[key]:.2f}" if key in row else "" for key in (*games, right)]
+        return f"| {' | '.join([name, *cells[:2], *moves, cells[2]])} |"
+
+    head = "MCTS-50 | MCTS-1000 (50 games) | wins taken, own / random | threats blocked, own / random | right moves"
+    lines = [f"| | {head} |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    by_chance = "wins_by_chance", "blocks_by_chance", "right_by_chance"
+    lines += [line("uniformly random moves", rows[SELFPLAY["**the defaults**"], 101], *by_chance, games=(None, None))]
+    measured = "wins_taken", "blocks", "right_moves"
+    lines += [line(name, rows[variant, 101], *measured) for name, variant in SELFPLAY.items()]
+    lines += [line(f"the defaults, 10M moves, seed {seed}", rows["default", seed], *measured) for seed in (1, 2, 3)]
+    return "\n".join(lines)
+
+
 def direction_agreement(trpo, folder, seeds=range(6)):
     """How far batches of one policy, one batch for each seed, agree on where to go: the mean correlation of their
     natural gradients, x'Fy / sqrt(x'Fx y'Fy) with F y = the other batch's gradient. 1: no noise; 0: only noise."""
@@ -457,13 +503,14 @@ def main():
     names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film, "runs": runs}
     names |= {"agreement": agreement}
     name, *folders = sys.argv[1:] or [None]
-    if name not in {*names, *STUDIES, "pbt"} or bool(folders) != (name in ("film", "runs")):
-        known = " | ".join([*names, *STUDIES, "pbt"])
+    tables = {"pbt": populations, "selfplay": selfplay}
+    if name not in {*names, *STUDIES, *tables} or bool(folders) != (name in ("film", "runs")):
+        known = " | ".join([*names, *STUDIES, *tables])
         sys.exit(f"usage: python benchmark/plot.py [{known}], film and runs with run folders")
     if name in names:
         names[name](*folders)
         return
-    text = populations(RESULTS) if name == "pbt" else table(name, RESULTS)
+    text = tables[name](RESULTS) if name in tables else table(name, RESULTS)
     (RESULTS / f"{name}.md").write_text(text + "\n")
     if (RESULTS / f"{name}.fresh.csv").exists():
         (RESULTS / f"{name}.fresh.md").write_text(fresh_table(name, RESULTS) + "\n")

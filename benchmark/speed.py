@@ -4,6 +4,7 @@
     python benchmark/speed.py trpo      # trpo_continuous.py beside sb3-contrib's TRPO
     python benchmark/speed.py teams     # ppo_multiagent.py's algorithms on its built-in worlds, one core
     python benchmark/speed.py workers   # collecting with one process and with one for each core, rollout by rollout
+    python benchmark/speed.py update    # a minibatch of ppo_clip.py, as it is and compiled
     python benchmark/speed.py pbt       # what a population costs beyond its work, beside Ray Tune's PBT
     python benchmark/speed.py gpu       # what --cuda brings on this machine; --seconds, --only
 
@@ -194,7 +195,7 @@ def beside_baselines(group, steps, repeats):
         for key in ("startup_s", "memory_mb"):
             line += f" {statistics.median(r[key] for r in rows):.0f} |" if key in rows[0] else " |"
         print(line)
-    json.dump(results, open(ROOT / f"benchmark/results/speed_{group}.json", "w"), indent=1)
+    save(group, results)
 
 
 # ---- collecting ------------------------------------------------------------------------------------------------------
@@ -231,9 +232,78 @@ def workers(rollouts):
     factor = statistics.median(b / a for a, b in alone)
     print(f"collecting: {one:.1f} ms in one process, {many:.1f} ms in {script.CORES}: {one / many:.2f} x")
     print(f"independent processes: {factor:.2f} x; collecting reaches {one / many / factor:.0%} of that")
-    print(
-        f"the parent's time beyond its own environments: {statistics.median(own) * 1e3:.1f} ms a rollout (with waiting)"
-    )
+    own = statistics.median(own) * 1e3
+    print(f"the parent's time beyond its own environments: {own:.1f} ms a rollout (with waiting)")
+    save("workers", {"one_ms": one, "many_ms": many, "processes": script.CORES, "independent": factor, "own_ms": own})
+
+
+def save(name, results):
+    (ROOT / f"benchmark/results/speed_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+# ---- a minibatch -----------------------------------------------------------------------------------------------------
+
+
+def milliseconds(function, calls, rounds=5):
+    """Median over rounds of the time per call, the GPU's work included."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.is_available() and torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        torch.cuda.is_available() and torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
+
+
+def batch_on(script, agent, device, obs_dim=11, B=2048):
+    """A batch as make_batch gives it, of random numbers."""
+    obs, action, advantage = (torch.randn(*shape, device=device) for shape in ((B, obs_dim), (B, 3), (B,)))
+    with torch.no_grad():
+        parameters, value = agent.policy_parameters(obs), agent.value(obs)
+        logprob = agent.distribution(parameters).log_prob(action)
+    batch = {"obs": obs, "action": action, "old_policy": parameters, "logprob": logprob, "value": value}
+    return batch | {"advantage": advantage, "return": value + advantage}
+
+
+def hopper_agent(script, device):
+    torch.manual_seed(0)
+    return script.Agent(11, gym.spaces.Box(-1, 1, (3,))).to(device)
+
+
+def epoch_of(mode, M, B):
+    """An epoch of ppo_clip.py as a function, in one of the forms that it can have."""
+    import ppo_clip as script
+
+    device = torch.device("cpu" if "CPU" in mode else "cuda")
+    args = script.Args(compile="compiled" in mode, cuda="CPU" not in mode)
+    agent = hopper_agent(script, device)
+    data, order = batch_on(script, agent, device, B=B), torch.randperm(B, device=device).view(-1, M)
+    coef = {key: torch.tensor(x, device=device) for key, x in vars(args).items() if isinstance(x, float)}
+    state = script.initial_state(agent, len(script.ppo_loss(agent, data, coef, True)[1]) + 1)
+    update = script.update
+    if "call by call" in mode:
+        update, args.compile = script.compiled(update, args.cuda), False
+    graph = script.CudaGraph if "captured" in mode else lambda function: function
+    with unittest.mock.patch.object(script, "CudaGraph", graph):
+        return script.accelerated(args, update, agent, state, data, order, coef, True)
+
+
+def microseconds(mode, M=64, B=2048):
+    """Of one minibatch of M samples in an epoch of B."""
+    run = epoch_of(mode, M, B)
+    for _ in range(4):
+        run()
+    return milliseconds(run, 1 if "eager" in mode else 10) / (B // M) * 1e3
+
+
+def update():
+    torch.set_num_threads(1)
+    results = {mode: microseconds(mode) for mode in ("CPU, eager", "CPU, compiled, call by call", "CPU, compiled")}
+    for mode, x in results.items():
+        print(f"ppo_clip.py, a minibatch of 64, {mode}: {x:.0f} us")
+    save("update", results)
 
 
 # ---- populations -----------------------------------------------------------------------------------------------------
@@ -384,54 +454,6 @@ def population_table(results):
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(function, calls, rounds=5):
-    """Median over rounds of the time per call, the device's work included."""
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / calls * 1e3)
-    return statistics.median(times)
-
-
-def batch_on(script, agent, device, obs_dim=11, B=2048):
-    """A batch as make_batch gives it, of random numbers."""
-    obs, action, advantage = (torch.randn(*shape, device=device) for shape in ((B, obs_dim), (B, 3), (B,)))
-    with torch.no_grad():
-        parameters, value = agent.policy_parameters(obs), agent.value(obs)
-        logprob = agent.distribution(parameters).log_prob(action)
-    batch = {"obs": obs, "action": action, "old_policy": parameters, "logprob": logprob, "value": value}
-    return batch | {"advantage": advantage, "return": value + advantage}
-
-
-def hopper_agent(script, device):
-    torch.manual_seed(0)
-    return script.Agent(11, gym.spaces.Box(-1, 1, (3,))).to(device)
-
-
-def minibatch_row(mode, M, B):
-    """An epoch of ppo_clip.py in one of its forms."""
-    import ppo_clip as script
-
-    device = torch.device("cpu" if "CPU" in mode else "cuda")
-    args = script.Args(compile="compiled" in mode, cuda="CPU" not in mode)
-    agent = hopper_agent(script, device)
-    data, order = batch_on(script, agent, device, B=B), torch.randperm(B, device=device).view(-1, M)
-    coef = {key: torch.tensor(x, device=device) for key, x in vars(args).items() if isinstance(x, float)}
-    state = script.initial_state(agent, len(script.ppo_loss(agent, data, coef, True)[1]) + 1)
-    operands = agent, state, data, order, coef, True
-    graph = script.CudaGraph if "captured" in mode else lambda function: function
-    with unittest.mock.patch.object(script, "CudaGraph", graph):
-        run = script.accelerated(args, script.update, *operands)
-    for _ in range(4):
-        run()
-    micros = milliseconds(run, 1 if mode == "eager" else 10) / len(order) * 1e3
-    return f"| ppo_clip.py, minibatch of {M}, {mode} | {micros:.0f} us |"
-
-
 def trpo_row(device):
     import trpo_continuous as script
 
@@ -507,6 +529,10 @@ def gpu(env_id, budget, only):
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
     cores = len(os.sched_getaffinity(0))
     print(f"| {torch.cuda.get_device_name()}, {cores} cores, {versions} | |\n| --- | --- |", flush=True)
+
+    def minibatch_row(mode, M, B):
+        return f"| ppo_clip.py, minibatch of {M}, {mode} | {microseconds(mode, M, B):.0f} us |"
+
     rows = [lambda mode=mode: minibatch_row(mode, 64, 2048) for mode in ("eager", "compiled", "captured")]
     for M, B in ((64, 2048), (1024, 8192)):
         rows += [lambda m=mode, M=M, B=B: minibatch_row(m, M, B) for mode in ("compiled and captured", "CPU, compiled")]
@@ -542,7 +568,7 @@ def gpu(env_id, budget, only):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=("ppo", "trpo", "teams", "workers", "pbt", "gpu"))
+    parser.add_argument("group", choices=("ppo", "trpo", "teams", "workers", "update", "pbt", "gpu"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--env-id", default="Hopper-v4", help="with gpu")
@@ -551,6 +577,8 @@ def main():
     args = parser.parse_args()
     if args.group == "workers":
         workers(rollouts=40)
+    elif args.group == "update":
+        update()
     elif args.group == "pbt":
         population(args.repeats)
     elif args.group == "gpu":

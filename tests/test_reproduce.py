@@ -153,6 +153,7 @@ def test_the_committed_tables_are_those_of_the_stored_data():
         if runs := reproduce.read(study, results):
             assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
             assert all(list(row) == list(reproduce.COLUMNS) for rows in runs.values() for row in rows)
+    assert (results / "selfplay.md").read_text() == plot.selfplay(results) + "\n"
     assert (results / "pbt.md").read_text() == plot.populations(results) + "\n"
     overhead = json.loads((results / "pbt_overhead.json").read_text())
     assert (results / "pbt_overhead.md").read_text() == speed.population_table(overhead) + "\n"

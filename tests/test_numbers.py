@@ -1,0 +1,220 @@
+"""The numbers in running text are those of the stored data: each sentence is made anew from the data and looked for."""
+
+import csv
+import importlib
+import json
+import re
+import statistics
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+plot = importlib.import_module("plot")
+RESULTS = ROOT / "benchmark/results"
+
+
+def page(name):
+    """The words of a page or script, one blank between two."""
+    path = next(path for path in (ROOT / name, ROOT / "docs" / name) if path.exists())
+    return " ".join(path.read_text().replace("−", "-").split())
+
+
+def ends(study, setting, env):
+    """The last return of each seed."""
+    return list(plot.returns(study, RESULTS)[setting, env].values())
+
+
+def mean(study, setting, env):
+    return f"{statistics.fmean(ends(study, setting, env)):.0f}"
+
+
+def spread(study, setting, env):
+    """mean ± standard deviation, as the tables have it."""
+    rows = (RESULTS / f"{study}.md").read_text().splitlines()
+    heads, cells = ([x.strip() for x in row.strip("|").split("|")] for row in (rows[0], line(rows, setting)))
+    return cells[heads.index(env)].rsplit(" (", 1)[0]
+
+
+def line(rows, start):
+    return next(row for row in rows if row.startswith(f"| {start} |"))
+
+
+def stored(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def fresh(key, seeds=None):
+    """{env: values} of TRPO's fresh episodes."""
+    found = {}
+    with open(RESULTS / "v4.fresh.csv") as file:
+        for row in csv.DictReader(file):
+            if row["setting"] == "trpo_continuous.py" and (seeds is None or int(row["seed"]) in seeds):
+                found.setdefault(row["env"], []).append(float(row[key]))
+    return found
+
+
+def ratio(a, b, group="ppo"):
+    one, other = ([run["sps"] for run in stored(f"speed_{group}")[name]] for name in (a, b))
+    return statistics.median(one) / statistics.median(other)
+
+
+def test_guarantees():
+    cells = [
+        spread("truncation", setting, env)
+        for env in ("Pendulum-v1", "Reacher-v4")
+        for setting in ("time limit taken as the end", "bootstrapped")
+    ]
+    text = "Pendulum-v1 ends at {}, with the bootstrap at {}; Reacher-v4 at {} and {}.".format(*cells)
+    assert text in page("guarantees.md")
+
+
+def test_speed():
+    two = ratio("ppo_clip.py, 2 cores", "Stable-Baselines3 PPO, 1 core")
+    assert f"[{two:.1f} times Stable-Baselines3][speed]" in page("README.md")
+    assert 3.9 < two < 4.5 and "at [four times its speed](speed.md)" in page("ppo_clip.md")
+    memory = statistics.median(run["memory_mb"] for run in stored("speed_ppo")["ppo_clip.py, 2 cores"])
+    assert f"A run takes some {round(memory, -1):.0f} MB of memory." in page("runs.md")
+    workers, update = stored("speed_workers"), stored("speed_update")
+    factor = workers["one_ms"] / workers["many_ms"]
+    text = f"Two processes collect {factor:.2f} times as fast as one; two that share nothing are"
+    text += f" {workers['independent']:.2f} times as fast."
+    assert workers["processes"] == 2 and text in page("speed.md")
+    loop, call = update["CPU, compiled"], update["CPU, compiled, call by call"]
+    assert f"{loop:.0f} µs a minibatch; {call:.0f} with one compiled call for each." in page("speed.md")
+    assert f"the CPU alone is faster at minibatches of 64 ({loop:.0f} µs)" in page("speed.md")
+
+
+def test_the_gpu_table():
+    """Against the notes of the runs: a number a cell, rounded as it is there."""
+    notes, text = (RESULTS / "gpu_h100.txt").read_text(), page("speed.md").replace("**", "")
+
+    def note(pattern):
+        return float(re.search(pattern, notes)[1])
+
+    eager, compiled, captured = (note(rf"M = 64 +{mode} +([\d.]+)\n") for mode in ("eager", "compiled", "captured"))
+    both, cpu = note(r"M = 64 +compiled and captured +(\d+)\n"), note(r"M = 64 +CPU, compiled .* (\d+)\n")
+    cells = [eager, compiled, captured, both, cpu]
+    assert f"a minibatch of 64 | {' | '.join(f'{x:.0f} µs' for x in cells)} |" in text
+    both, cpu = note(r"M = 1024 +compiled and captured +(\d+)\n"), note(r"M = 1024 +CPU, compiled +(\d+)\n")
+    assert f"a minibatch of 1024 | | | | {both:.0f} µs | {cpu:.0f} µs |" in text
+    eager, graphs = note(r"\neager +([\d.]+)"), note(r"as CUDA graphs +([\d.]+)")
+    assert f"a policy step on 2048 states | {eager:.1f} ms | | {graphs:.1f} ms |" in text
+
+    ours, sb3 = note(r"--num-steps 32 --compile +(\d+) steps/s"), note(r"--num-steps 32 --device cpu +(\d+) steps/s")
+    cuda = note(r"--num-steps 32 --device cuda +(\d+) steps/s")
+    spaced = [f"{x:,.0f}".replace(",", " ") for x in (ours, sb3)]
+    assert f"--num-envs 64 --num-steps 32` | {spaced[0]} | {ours / sb3:.1f} times the next line;" in text
+    assert f"PPO, 64 × 32, CPU | {spaced[1]} |" in text and f"PPO, 64 × 32, CUDA | {cuda:.0f} |" in text
+    moves = 262144 / note(r"([\d.]+) ms for 262144 moves") * 1e3
+    steps = 102400 / note(r"([\d.]+) ms for 102400 steps") * 1e3
+    for per_second, name in ((moves, "--num-minibatches 16`"), (steps, "--num-envs 4096`")):
+        assert f"{name} | {per_second / 1e3:,.0f} 000 |".replace(",", " ") in text
+    assert f"[{moves / 1e6:.1f} million moves a second]" in page("README.md")
+    kernels, device, products = re.search(
+        r"update is (\d+) kernels, (\d+) us of device time \((\d+) matrix", notes
+    ).groups()
+    triton = note(r"Triton's matrix products +(\d+)")
+    assert f"is {kernels} kernels and {device} µs of device time, half of it {products} matrix products" in text
+    assert f"With Triton's matrix products it is {triton:.0f} µs" in text
+    cold, warm = re.search(r"iteration: ([\d.]+) s cold .* ([\d.]+) s from the compiler's cache", notes).groups()
+    assert (
+        f"{float(cold):.0f} s to the end of the first iteration" in text
+        and f"before, {float(warm):.0f} s after" in text
+    )
+    for script, name in (("ppo_clip", "PPO-clip"), ("ppo_klpen", "KL penalty"), ("trpo_continuous", "TRPO")):
+        apart = note(script + r"\.py (\de-\d+)")
+        assert f"{apart:.0e} ({name})".replace("e-0", "e-") in text
+
+
+def test_fresh_episodes():
+    noisy, quiet = fresh("sampled"), fresh("mean_action")
+    gains = [100 * (statistics.fmean(quiet[env]) / statistics.fmean(noisy[env]) - 1) for env in quiet]
+    assert f"mean action gets {min(gains):.0f} to {max(gains):.0f} % more than sampled actions" in page("results.md")
+    both = list(zip(noisy["Walker2d-v4"], quiet["Walker2d-v4"], strict=True))
+    worse = sorted((x for x in both if x[0] > x[1] + 100), key=lambda x: x[1])
+    words = " and ".join(f"{x:.0f}" for x, _ in worse), " and ".join(f"{x:.0f}" for _, x in worse)
+    assert "only in its two worst Walker2d runs sampled actions do better ({}, not {})".format(*words) in page(
+        "results.md"
+    )
+
+
+def test_hoppers_first_steps():
+    with open(RESULTS / "hopper_start.csv") as file:
+        rows = list(csv.DictReader(file))
+    today, before = ([float(row["200k"]) for row in rows if (row["file"] == "today") == new] for new in (True, False))
+    assert len(today) == len(before) == 24 and min(today) > 600
+    text = f"none of them was below 600, their mean was {statistics.fmean(today):.0f}. The file as it was before worker"
+    low = {3: "three"}[sum(x < 600 for x in before)]
+    text += f" processes, on the same seeds: {low} below 600, mean {statistics.fmean(before):.0f}"
+    assert text in page("results.md")
+
+
+def test_agreement_of_batches():
+    doubles, hopper = (stored("agreement")[env] for env in ("InvertedDoublePendulum-v4", "Hopper-v4"))
+    first, later = ([x for step, _, x in doubles if (step < 80_000) == early] for early in (True, False))
+    text = f"At first the batches agree, {first[0]:.2f} to {first[-1]:.2f}. From 80 000 steps on they agree by "
+    text += f"{statistics.fmean(later):.2f} on average ({len(later)} values from {min(later):.2f} to {max(later):.2f})"
+    assert text in page("results.md")
+    early, late = ([x for step, _, x in hopper if (step <= 102_400) == first] for first in (True, False))
+    text = f"Hopper's batches agree by {min(early):.2f} to {max(early):.2f} up to 102 400 steps and by"
+    assert f"{text} {statistics.fmean(late):.2f} on average later" in page("results.md")
+
+
+def test_scripts_say_what_to_expect():
+    """The docstrings' ranges are those of the stored seeds, outwards to whole hundreds."""
+    for script in ("ppo_clip", "ppo_klpen", "trpo_continuous"):
+        for env in plot.STUDIES["v4"].envs:
+            x = ends("v4", f"{script}.py", env)
+            assert f"{env} {min(x) // 100 * 100:.0f}-{-(-max(x) // 100) * 100:.0f}" in page(f"{script}.py"), (
+                script,
+                env,
+            )
+    hopper, walker = (mean("v4-flags", "trpo_continuous.py --gamma 0.99", env) for env in ("Hopper-v4", "Walker2d-v4"))
+    ours = [mean("v4", "trpo_continuous.py", env) for env in ("Hopper-v4", "Walker2d-v4")]
+    text = f"{hopper} on average of five seeds, not {ours[0]} of ten (but Walker2d {walker}, not {ours[1]})"
+    assert text in page("trpo_continuous.py")
+
+
+def test_the_penalty():
+    assert f"`--gamma 0.995` lifts Hopper to {spread('v4-flags', 'ppo_klpen.py --gamma 0.995', 'Hopper-v4')}." in page(
+        "ppo_klpen.md"
+    )
+    medians = [f"{x:.4f}" for name, x in plot.klpen_medians().items() if name.startswith("constant")]
+    assert "constant rate: {}, {} and {}, where the target is 0.01".format(*medians) in page("ppo_klpen.md")
+    fixed, adaptive = (
+        mean("ppo-table1", name, "Hopper-v4") for name in ("fixed KL, beta = 1", "adaptive KL, d_target = 0.01")
+    )
+    assert fixed >= adaptive and "A fixed beta of 1 does as well as the adaptive one on Hopper" in page("ppo_klpen.md")
+
+
+def test_gamma_helps():
+    assert "`--gamma 0.995` does better on Hopper and Walker2d" in page("ppo_clip.md")
+    for env in ("Hopper-v4", "Walker2d-v4"):
+        other = ends("v4-flags", "ppo_clip.py --gamma 0.995", env)
+        assert statistics.fmean(other) > statistics.fmean(ends("v4", "ppo_clip.py", env))
+
+
+def test_mirror_images():
+    row = next(row for row in stored("selfplay_study") if row["variant"] == "nomirror")
+    low, high = (100 * row["one_ply"][kind]["mirrored"] for kind in ("own", "random"))
+    assert f"mirrored move, {low:.0f}-{high:.0f} % of which do without them" in page("multiagent.md")
+
+
+def test_conversions_of_simple_spread():
+    (cell,) = re.findall(
+        r"MAPPO, width 128 \| .* \| (-[\d.]+) ± [\d.]+ \(3\) \|\n", (RESULTS / "spread-10M.md").read_text()
+    )
+    assert f"our {cell} after 10M would be {2 * float(cell) - 75:.0f} there" in page("multiagent.md")
+    authors = float(re.search(r"So the (-\d+) that the authors' code reaches", page("multiagent.md"))[1])
+    assert f"is {(authors + 75) / 2:.1f} here" in page("multiagent.md")
+
+
+def test_a_number_that_moved_is_noticed(monkeypatch):
+    """These tests can fail: with other digits on the pages all of them do."""
+    real, tests = page, [x for name, x in globals().items() if name.startswith("test_") and "noticed" not in name]
+    monkeypatch.setitem(globals(), "page", lambda name: re.sub(r"\d", lambda x: str((int(x[0]) + 1) % 10), real(name)))
+    for test in tests:
+        with pytest.raises(AssertionError):
+            test()
