@@ -5,8 +5,8 @@
 # ///
 """Population Based Training (Jaderberg et al. 2017, arXiv 1711.09846) over any script of this project.
 
-Which hyperparameters are good is not known beforehand, and it changes while a policy learns: a step size that is right
-at the start may be wrong at the end. Random search trains many members, each with settings of its own that never
+Nobody knows beforehand which hyperparameters are good, and the answer changes as a policy learns: a step size that is
+right at the start may be wrong at the end. Random search trains many members, each with settings of its own that never
 change, and keeps the best. What the others cost is lost. PBT trains the same members side by side and lets them learn
 from each other. After every --interval steps:
 
@@ -19,7 +19,7 @@ For the cost of a random search one gets a trained policy, and a schedule of hyp
 A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
 checkpoint and a score come out. The launcher knows nothing of the algorithm that a script implements, only what all
 scripts share: train(args), parse_args(argv), and flags like --resume, --stop-at-step and --run-dir. A leg that is lost
-is simply run again. Whatever happens is one line in RUN/events.jsonl, and all that the launcher remembers follows from
+is simply run again. Every event is one line in RUN/events.jsonl, and the launcher can rebuild everything it knows from
 these lines. So --resume goes on after any kind of death and, with --mode sync, takes the same decisions.
 
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/hopper --population 8 --slots 2 \\
@@ -92,7 +92,7 @@ class Args:
 
     slots: int = 2  # legs that run at the same time
     gpus: str = ""  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
-    leg_timeout: float = 14400.0  # seconds until a leg hangs; once some have finished, 5 medians do (60 s at least)
+    leg_timeout: float = 14400.0  # seconds until a leg counts as hung; later 5 times the median (60 at least)
     executor: Literal["local", "ray"] = "local"  # ray (optional package): slots are actors on a Ray cluster
     ray_address: str | None = None  # HOST:PORT of a running cluster (default: start one on this machine)
     num_cpus: float = 1.0  # with --executor ray: CPUs of a slot
@@ -288,9 +288,9 @@ def generator(args, purpose, *numbers):
 
 
 class Population:
-    """Members and finished legs. At first they follow from the flags, then from the events: only `apply` changes them.
-    So to resume a population is to apply its events once more, and no second way to store it can disagree with them.
-    As a context it holds the file of events, locked, to which `record` appends."""
+    """Members and finished legs. They start from the flags, and only `apply` changes them, one event at a time. To
+    resume is to apply the stored events again; no second copy of the state could disagree with them. As a context it
+    holds the file of events, locked, to which `record` appends."""
 
     def __init__(self, args):
         self.args, self.folder = args, Path(args.run_dir).resolve()
@@ -334,8 +334,8 @@ class Population:
         return leg, request
 
     def time_limit(self):
-        """Seconds after which a leg hangs. Legs are of about the same length, so that one of five medians is hardly a
-        slow one. Before any has finished, only --leg-timeout can tell."""
+        """Seconds after which a leg counts as hung. Legs take about equally long, so one that has run for five times
+        the median is stuck, not slow. Before any has finished, only --leg-timeout can tell."""
         seconds = [leg["seconds"] for leg in self.legs.values()]
         return min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
 
@@ -410,9 +410,8 @@ class Population:
         elif event["event"] == "failed":
             m.tries, m.failures = m.tries + 1, m.failures + 1
         elif event["event"] == "decide":
-            before = {j: replace(m) for j, m in self.members.items()}  # a donor may itself become a copy
-            for copy in event["copies"]:
-                m, donor = self.members[copy["member"]], before[copy["donor"]]
+            for copy in event["copies"]:  # no donor is itself a copy here, so their order does not matter
+                m, donor = self.members[copy["member"]], self.members[copy["donor"]]
                 m.hyper, m.seed, m.score, m.failures = copy["hyper"], copy["seed"], None, 0
                 m.leg, m.step, m.legs = donor.leg, donor.step, donor.legs
             for j in event["members"]:
@@ -634,7 +633,7 @@ def serve(pipe, path, gpu):
 
 class RaySlot:
     """An actor on a Ray cluster, with a LocalSlot's interface. It is lost with its worker or node, and then made anew.
-    A task for each leg would import the script each time, and a leg's clock would run while it waits for room."""
+    It imports the script once, where a task would for every leg; and no leg's clock runs while it waits for room."""
 
     def __init__(self, args):
         self.args, self.ray, self.actor = args, sys.modules["ray"], None
@@ -844,8 +843,7 @@ def main(argv=None) -> int:
         say(error)
         return 2 if isinstance(error, UserError) else 1
     if result["signal"]:
-        split = argv.index("--") if "--" in argv else len(argv)
-        again = [x for x in argv[:split] if x != "--resume"] + ["--resume"] + argv[split:]
+        again = ["--resume", *(x for x in argv if x != "--resume")]
         say(f"to go on:    python {SCRIPT}.py {shlex.join(again)}")
     elif result["leg"]:
         say(f"to evaluate: python {args.script} --evaluate {result['best']}")

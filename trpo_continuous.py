@@ -16,9 +16,9 @@ differs, the less L is worth. So look for the best policy not anywhere, but near
     maximise   L(theta) = mean[ r_t A_t ]
     subject to mean[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= max_kl                                         TRPO eq. (14)
 
-Why the KL divergence. Near must mean that both act alike, and a distance between parameters does not say that. To move
-the mean action by 0.1 is nothing if the standard deviation is 1, and everything if it is 0.01. The KL compares the
-distributions themselves, in every state, whatever parameters describe them.
+Why the KL divergence. "Near" has to mean that both policies act alike, and a distance between parameters does not
+measure that. To move the mean action by 0.1 is nothing if the standard deviation is 1, and everything if it is 0.01.
+The KL compares the distributions themselves, in every state, whatever parameters describe them.
 
 Why the natural gradient. A short step s raises L by about g's, where g is its gradient, and the KL by about 0.5 s'Fs:
 at pi_old the KL is 0, its smallest value, so it begins with its second derivative F, the Fisher matrix. Of all steps
@@ -393,10 +393,9 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
     relative to b, so that the answer scales with b, and is 0 for b = 0. With tolerance None it never looks at a number,
     which a CUDA graph could not: all steps are made."""
     x, r, p = torch.zeros_like(b), b, b
-    rr = r @ r
-    stop = None if tolerance is None else tolerance * rr
+    rr = bb = b @ b
     for _ in range(iters):
-        if stop is not None and rr <= stop:
+        if tolerance is not None and rr <= tolerance * bb:
             break
         Fp = product(p)
         alpha = rr / (p @ Fp)
@@ -415,24 +414,23 @@ def natural_gradient(agent, theta, data, args):
     return surrogate, g, *conjugate_gradient(product, g, args.cg_iters, tolerance)
 
 
-def line_search(theta, step, measure, accept, coeff, iters):
-    """The first of theta + step, theta + c step, theta + c^2 step, ... that is accepted, or theta itself (App. C).
+def line_search(look, theta, step, old_surrogate, beta, args):
+    """The first of theta + step, theta + c step, theta + c^2 step, ... that is acceptable, or theta itself (App. C).
 
-    measure(theta) gives numbers by name, accept(numbers) a bool. Returns the new theta (K,), its numbers (zeros if it
-    is the old one), and the candidate's place in the row (-1: none)."""
-    for j in range(iters):
-        candidate = theta + coeff**j * step
-        numbers = measure(candidate)
-        if accept(numbers):
-            break
-    else:
-        candidate, numbers, j = theta, dict.fromkeys(numbers, 0.0), -1
-    return candidate, numbers, j
+    Returns the new theta (K,), its kl, kl_max and improvement by name (zeros if it is the old one), and the candidate's
+    place in the row (-1: none)."""
+    for j in range(args.backtrack_iters):
+        candidate = theta + args.backtrack_coeff**j * step
+        surrogate, kl = look(candidate)
+        numbers = {"kl": kl.mean().item(), "kl_max": kl.max().item(), "improvement": (surrogate - old_surrogate).item()}
+        if acceptable(numbers, beta, args):
+            return candidate, numbers, j
+    return theta, dict.fromkeys(numbers, 0.0), -1
 
 
 def scaled_to_max_kl(look, theta, step, max_kl):
-    """The step at the length at which the largest KL of the batch's states is max_kl, less a hair, lest rounding cost a
-    whole factor of the line search. The KL grows about with the square of a step, so two looks tell the scale."""
+    """Scale the step so that the largest KL of any state in the batch is max_kl. The KL grows roughly with the square
+    of the step, so two corrections are enough. 1 % less, or rounding could cost a whole factor of the line search."""
     for _ in range(2):
         step = step * (max_kl / look(theta + step)[1].max()).sqrt()
     return 0.99 * step
@@ -444,23 +442,6 @@ def acceptable(numbers, beta, args):
         return 0 < numbers["improvement"] - beta * numbers["kl"] < math.inf
     kl = numbers["kl_max"] if args.kl_constraint == "max" else numbers["kl"]
     return 0 < numbers["improvement"] < math.inf and kl <= args.max_kl
-
-
-def functions_of_theta(agent, data, args):
-    """What a step asks the network: solve(theta), see natural_gradient, and look(theta), see surrogate_and_kl. On a GPU
-    each is one launch. There a step would else spend its time in Python: 36 ms on an H100."""
-    place = parameters_to_vector(policy_part(agent).values()).detach()
-    solve = recorded(args, lambda: natural_gradient(agent, place, data, args))
-    look = recorded(args, lambda: surrogate_and_kl(agent, place, data))
-
-    def at(function):
-        def of_theta(theta):
-            place.copy_(theta)
-            return function()
-
-        return of_theta
-
-    return at(solve), at(look)
 
 
 @torch.no_grad()
@@ -483,23 +464,15 @@ def policy_step(agent, solve, look, beta, args):
         step = scaled_to_max_kl(look, theta, step, args.max_kl)
 
     # The line search.
-    def measure(theta):
-        surrogate, kl = look(theta)
-        numbers = torch.stack([kl.mean(), kl.max(), surrogate - old_surrogate]).tolist()
-        return dict(zip(("kl", "kl_max", "improvement"), numbers))
-
-    def accept(numbers):
-        return acceptable(numbers, beta, args)
-
-    new_theta, report, j = line_search(theta, step, measure, accept, args.backtrack_coeff, args.backtrack_iters)
+    new_theta, report, j = line_search(look, theta, step, old_surrogate, beta, args)
     vector_to_parameters(new_theta, policy_part(agent).values())
 
     moved = new_theta - theta
-    numbers = torch.stack([g @ moved, moved.norm(), g.norm(), residual.norm(), beta_star]).tolist()
-    expected, step_norm, gradient_norm, residual_norm, beta_star = numbers
+    expected, gradient_norm = (g @ moved).item(), g.norm().item()
     report |= {"expected_improvement": expected, "improvement_ratio": report["improvement"] / (expected or 1.0)}
-    report |= {"line_search_step": j, "step_norm": step_norm, "gradient_norm": gradient_norm}
-    return report | {"cg_residual": residual_norm / (gradient_norm or 1.0), "beta": beta, "beta_star": beta_star}
+    report |= {"line_search_step": j, "step_norm": moved.norm().item(), "gradient_norm": gradient_norm}
+    report |= {"cg_residual": residual.norm().item() / (gradient_norm or 1.0)}
+    return report | {"beta": beta, "beta_star": beta_star.item()}
 
 
 def adapted_beta(beta, kl, target):
@@ -555,9 +528,8 @@ def train(args: Args) -> dict:
     operands = {key: data[key] for key in ("obs", "return")}, order, torch.tensor(args.vf_learning_rate, device=device)
     run_epoch = accelerated(args, critic_update, agent.critic, state, *operands)
     solve, look = functions_of_theta(agent, data, args)
-    global_step, beta = run.restore(agent, state, actors), args.beta
-    if args.beta_schedule == "adaptive":
-        beta = run.adapted("beta", "beta")
+    global_step = run.restore(agent, state, actors)
+    beta = run.adapted("beta", "beta") if args.beta_schedule == "adaptive" else args.beta
     if global_step >= run.last_step:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step, signals=[])
@@ -584,7 +556,7 @@ def train(args: Args) -> dict:
                 advantage.copy_((advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8))
 
             # ---- policy: one natural-gradient step with a line search ------------------------------------------------
-            report = policy_step(agent, solve, look, beta, args)
+            report = policy_step(agent, solve, look, beta, args) | {"penalty_coefficient_of_the_bound": bound}
             if args.beta_schedule == "adaptive":  # NOTE: a step that was refused was too long, though its KL reads 0
                 beta = adapted_beta(beta, report["kl"] or math.inf, args.max_kl)
 
@@ -604,7 +576,6 @@ def train(args: Args) -> dict:
             entropy = agent.distribution(data["old_policy"]).entropy().mean().item()
             losses |= {"explained_variance": 1 - unexplained.item(), "entropy": entropy, "kl": report.pop("kl")}
             losses |= {"trpo/gradient_norm": report.pop("gradient_norm")}
-            report["penalty_coefficient_of_the_bound"] = bound
             charts = {**actors.statistics(), "learning_rate": args.vf_learning_rate}
             charts |= {f"trpo/{key}": x for key, x in report.items()}  # NOTE: unlike a loss they may be infinite
             run.log(global_step, B, charts, losses)
@@ -885,6 +856,23 @@ class CudaGraph:
 def recorded(args, function):
     """The function or, on a GPU, a recording of it. See CudaGraph for what it must not do."""
     return CudaGraph(function) if args.cuda else function
+
+
+def functions_of_theta(agent, data, args):
+    """What a step asks the network: solve(theta), see natural_gradient, and look(theta), see surrogate_and_kl. On a GPU
+    each is one launch. There a step would else spend its time in Python: 36 ms instead of 3 on an H100."""
+    place = parameters_to_vector(policy_part(agent).values()).detach()
+    solve = recorded(args, lambda: natural_gradient(agent, place, data, args))
+    look = recorded(args, lambda: surrogate_and_kl(agent, place, data))
+
+    def at(function):
+        def of_theta(theta):
+            place.copy_(theta)
+            return function()
+
+        return of_theta
+
+    return at(solve), at(look)
 
 
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------

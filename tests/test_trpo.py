@@ -370,29 +370,41 @@ def test_two_looks_scale_a_step_to_the_largest_kl():
 # ---- line search -----------------------------------------------------------------------------------------------------
 
 
-def search(acceptable, iters=5):
-    """Search from 0.1 along a step of 8, halving; acceptable(x) -> bool. Returns where it ends, numbers and place."""
-    theta, step = torch.full((3,), 0.1), torch.full((3,), 8.0)
+@pytest.fixture
+def search(monkeypatch):
+    """Search from 0.1 along a step of 8, halving; accept(x) -> bool. Returns where it ends, numbers and place."""
 
-    def look(theta):
-        return {"x": theta[0].item()}
+    def search(accept):
+        monkeypatch.setattr(trpo, "acceptable", lambda numbers, beta, args: accept(numbers["improvement"]))
+        theta, args = torch.full((3,), 0.1), trpo.Args(backtrack_coeff=0.5, backtrack_iters=5)
+        looks.clear()
 
-    return trpo.line_search(theta, step, look, lambda numbers: acceptable(numbers["x"]), 0.5, iters)
+        def look(theta):  # the surrogate is theta's first number, the KLs of two states are its double and triple
+            looks.append(theta)
+            return theta[0], theta[0] * torch.tensor([2.0, 3.0])
+
+        return trpo.line_search(look, theta, torch.full((3,), 8.0), torch.tensor(0.0), 1.0, args)
+
+    looks = search.looks = []
+    return search
 
 
-def test_line_search_accepts_the_first_candidate():
+def test_line_search_accepts_the_first_candidate(search):
     theta, numbers, taken = search(lambda x: True)
-    assert taken == 0 and torch.equal(theta, torch.full((3,), 8.1)) and numbers == {"x": theta[0].item()}
+    assert taken == 0 and torch.equal(theta, torch.full((3,), 8.1)) and len(search.looks) == 1
+    assert numbers == pytest.approx({"kl": 2.5 * 8.1, "kl_max": 3 * 8.1, "improvement": 8.1})
 
 
-def test_line_search_backtracks():
+def test_line_search_backtracks(search):
     theta, numbers, taken = search(lambda x: x < 3)
-    assert taken == 2 and torch.equal(theta, torch.full((3,), 2.1)) and numbers == {"x": theta[0].item()}
+    assert taken == 2 and torch.equal(theta, torch.full((3,), 2.1)) and len(search.looks) == 3
+    assert numbers == pytest.approx({"kl": 2.5 * 2.1, "kl_max": 3 * 2.1, "improvement": 2.1})
 
 
-def test_line_search_restores_bit_for_bit():
+def test_line_search_restores_bit_for_bit(search):
     theta, numbers, taken = search(lambda x: False)
-    assert taken == -1 and numbers == {"x": 0} and torch.equal(theta, torch.full((3,), 0.1))
+    assert taken == -1 and torch.equal(theta, torch.full((3,), 0.1)) and len(search.looks) == 5
+    assert numbers == {"kl": 0, "kl_max": 0, "improvement": 0}
 
 
 def test_what_is_acceptable():
