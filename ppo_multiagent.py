@@ -52,12 +52,12 @@ D numbers in an observation, S in a state, A actions (Discrete) or action dimens
 
 import contextlib
 import copy
-import importlib
 import io
 import json
 import math
 import multiprocessing.connection
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -93,7 +93,7 @@ Distribution.set_default_validate_args(False)  # looking at every argument would
 
 @dataclass
 class Args:
-    """MAPPO, IPPO and self-play. Defaults: the MAPPO paper's for particle environments; for self-play see PRESETS."""
+    """MAPPO, IPPO and self-play. Defaults: the MAPPO paper's for particle environments; for self-play see below."""
 
     algorithm: Literal["mappo", "ippo", "selfplay"] = "mappo"  # whose critic sees what, or one policy on both sides
     env_id: str = "simple_spread"  # simple_spread, connect_four (selfplay), or PettingZoo's: mpe2.simple_tag_v3
@@ -139,14 +139,10 @@ class Args:
     pool_size: int = 32  # selfplay: the most snapshots that are kept, always spread evenly over the run
 
 
-PRESETS = {  # what --algorithm changes about the defaults
-    "mappo": {},
-    "ippo": {},
-    "selfplay": {  # a game has one result, and a noisy one: small gamma and lambda tie it to the moves just before
-        "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
-        "learning_rate": 1e-2, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.15, "max_grad_norm": 0.5,
-        "gamma": 0.8, "gae_lambda": 0.8, "ent_final": 0.1, "opening_plies": 16,
-    },
+SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: small gamma and lambda tie it to the moves just before
+    "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
+    "learning_rate": 1e-2, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.15, "max_grad_norm": 0.5,
+    "gamma": 0.8, "gae_lambda": 0.8, "ent_final": 0.1, "opening_plies": 16,
 }  # fmt: skip
 
 
@@ -167,8 +163,6 @@ PRESETS = {  # what --algorithm changes about the defaults
 # `over` says where an episode has ended. There `view` is already the next episode's, `successor` what was seen last.
 # Nothing in a step moves in memory, depends on a number in Python or waits for the device, so that a CUDA graph can
 # hold T of them.
-
-VIEW = ("obs", "state", "legal", "alive")
 
 
 # ==== Policies and critics of a team ==================================================================================
@@ -261,9 +255,7 @@ class Team(nn.Module):
         self.value_rms = nn.ModuleList(RunningMeanStd() for _ in range(self.P))
 
     def scaled_obs(self, obs):  # (..., G, D), by each learner's own statistics
-        if self.P == 1 or not self.obs_rms:
-            return self.obs_rms[0](obs) if self.obs_rms else obs
-        return torch.stack([rms(x) for rms, x in zip(self.obs_rms, obs.unbind(-2))], -2)
+        return torch.cat([rms(x) for rms, x in zip(self.obs_rms, obs.chunk(self.P, -2))], -2) if self.obs_rms else obs
 
     def scaled_state(self, state):  # (..., S)
         return self.state_rms[0](state) if self.state_rms else state
@@ -332,18 +324,16 @@ class Team(nn.Module):
         NOTE: the critic's last layer is rescaled so that no value changes (PopArt, van Hasselt et al. 2016, eq. 9).
         Without that a growing standard deviation would stretch all values, the next targets bootstrap from these, and
         on simple_spread both grow without limit within 100 000 steps."""
-        alive, (old_mean, old_std) = rollout["alive"] > 0, self.value_scale()
-        for p in range(self.P):
-            of_p = slice(None) if self.P == 1 else slice(p, p + 1)
-            rows = alive[:, :, of_p]
-            if rows.any():
-                self.value_rms[p].update(returns[:, :, of_p][rows])
+        old_mean, old_std = (x.view(-1, 1, 1) for x in self.value_scale())
+        of_learners = (x.chunk(self.P, 2) for x in (rollout["alive"] > 0, returns, rollout["obs"]))
+        for p, (alive, of_returns, of_obs) in enumerate(zip(*of_learners)):
+            if alive.any():
+                self.value_rms[p].update(of_returns[alive])
                 if self.obs_rms:
-                    self.obs_rms[p].update(rollout["obs"][:, :, of_p][rows])
+                    self.obs_rms[p].update(of_obs[alive])
         if self.state_rms and "state" in rollout:
             self.state_rms[0].update(rollout["state"].flatten(0, 1))
         mean, std = (x.view(-1, 1, 1) for x in self.value_scale())
-        old_mean, old_std = old_mean.view(-1, 1, 1), old_std.view(-1, 1, 1)
         weight, bias = self.critic.weights[-1], self.critic.biases[-1]
         weight.mul_(old_std / std)
         bias.copy_((old_std * bias + old_mean - mean) / std)
@@ -356,7 +346,7 @@ class Team(nn.Module):
 # ==== Collecting ======================================================================================================
 #
 # Algorithm 1, lines 2 and 3: the old policies act for T steps in N environments. A rollout is a dict of tensors
-# (T, N, ...): each key of a view, the same with next_ for what followed, action, reward, terminated, done (T, N, G) and
+# (T, N, ...): each key of a view, the same with next_ for what followed, action, reward, terminated (T, N, G) and
 # over. Only actors are evaluated here. Values and log-probabilities follow in one large batch (make_team_batch), since
 # no parameter moves during a rollout.
 
@@ -367,14 +357,10 @@ def empty_rollout(team, world, T, N):
     shapes = {"obs": (G, world.obs_dim), "state": (world.state_dim,), "legal": (G, A), "alive": (G,)}
     if team.critic_sees == "obs":
         del shapes["state"]
-    rollout = {}
-    for key, shape in shapes.items():
-        for prefix in ("", "next_"):
-            rollout[prefix + key] = torch.zeros(T, N, *shape, dtype=torch.bool if key == "legal" else torch.float)
-    rollout["action"] = torch.zeros(T, N, G, dtype=torch.long) if team.discrete else torch.zeros(T, N, G, A)
-    return (
-        rollout | {key: torch.zeros(T, N, G) for key in ("reward", "terminated", "done")} | {"over": torch.zeros(T, N)}
-    )
+    shapes |= {f"next_{key}": shape for key, shape in shapes.items()}
+    shapes |= {"reward": (G,), "terminated": (G,), "over": (), "action": (G,) if team.discrete else (G, A)}
+    dtypes = {"legal": torch.bool, "next_legal": torch.bool} | ({"action": torch.long} if team.discrete else {})
+    return {key: torch.zeros(T, N, *shape, dtype=dtypes.get(key)) for key, shape in shapes.items()}
 
 
 class BuiltInEnvironments:
@@ -385,7 +371,7 @@ class BuiltInEnvironments:
     def __init__(self, args, world, old_team, noise, world_noise, rollout):
         self.world, self.old_team, self.rollout, self.at = world, old_team, rollout, ("all", 0)
         self.noise, self.world_noise = noise, world_noise  # of the policies, of the world: random numbers for T steps
-        self.all_steps = recorded(args, self.steps)
+        self.all_steps = CudaGraph(self.steps) if args.cuda else self.steps
 
     def run(self, seeds=None):
         """T steps of old_team in all environments, written into the rollout. With seeds (N,): begin new episodes."""
@@ -400,13 +386,10 @@ class BuiltInEnvironments:
         for t, (noise, world_noise) in enumerate(zip(self.noise, self.world_noise)):
             action = self.old_team.act(view["obs"], view["legal"], noise)
             next_view, successor, reward, terminated, over = self.world.step(t, action, world_noise)
-            for key in VIEW:
-                if key in rollout:
-                    rollout[key][t] = view[key]
-                    rollout[f"next_{key}"][t] = successor[key]
-            now = {"action": action, "reward": reward, "terminated": terminated, "over": over}
-            for key, x in (now | {"done": torch.maximum(terminated, over[:, None])}).items():
-                rollout[key][t] = x
+            now = view | {f"next_{key}": x for key, x in successor.items()}
+            now |= {"action": action, "reward": reward, "terminated": terminated, "over": over}
+            for key, x in rollout.items():
+                x[t] = now[key]
             view = next_view
 
 
@@ -417,7 +400,7 @@ class ParallelEnvironments:
         self.part = part  # their slice of range(N), n of them
         self.old_team, self.noise, self.rollout = old_team, noise, rollout  # in memory that all processes share
         self.envs = [ParallelEnv(args) for _ in range(part.start, part.stop)]
-        self.view = {key: rollout[key][0, part].numpy().copy() for key in VIEW if key in rollout}  # (n, ...)
+        self.view = {key: rollout[key][0, part].numpy().copy() for key in rollout if f"next_{key}" in rollout}
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
@@ -446,9 +429,6 @@ class ParallelEnvironments:
                 successor, now["reward"][i], now["terminated"][i], now["over"][i], _ = env.step(now["action"][i])
                 for key, x in self.view.items():
                     x[i] = now[f"next_{key}"][i] = successor[key]
-            # An agent is done when it terminates, when the episode is over, and when it leaves alone.
-            leaves = now["alive"] > now["next_alive"]
-            now["done"][:] = leaves | (now["terminated"] > 0) | (now["over"][:, None] > 0)
             for i in np.flatnonzero(now["over"]):
                 self.begin_episode(i, t)
 
@@ -485,7 +465,9 @@ def make_team_batch(team, rollout, args):
     the lambda-returns (T, N, G) in units of the reward."""
     device = team.identity.device
     rollout = {key: x.to(device) for key, x in rollout.items()}
-    action, done = rollout["action"], rollout["done"]  # (T, N, G) or (T, N, G, A), (T, N, G)
+    action, leaves = rollout["action"], rollout["alive"] - rollout["next_alive"]  # (T, N, G) or (T, N, G, A), (T, N, G)
+    # An agent is done when it terminates, when the episode is over, and when it leaves alone.
+    done = torch.maximum(rollout["terminated"], rollout["over"][..., None]).maximum(leaves)
     obs, next_obs = (team.scaled_obs(rollout[key]) for key in ("obs", "next_obs"))  # (T, N, G, D)
     state, next_state, next_action = None, None, action
     if team.critic_sees != "obs":
@@ -687,22 +669,19 @@ class SelfPlay:
         self.action_space = gym.spaces.Discrete(game.num_actions)
         N, device = game.num_envs, game.device
         self.opening_plies = args.opening_plies
-        self.past = int(N * (1 - args.latest_prob)) // self.HAND * self.HAND  # boards of snapshots: the last ones
+        self.present = N - int(N * (1 - args.latest_prob)) // self.HAND * self.HAND  # boards without a snapshot: first
         # A hand is HAND actors, stacked. A game keeps its opponent until it ends, and a new iteration may begin
         # meanwhile: then the former hand goes on with it. `begun`: games that began with the present hand.
         self.hand, self.former = (
             StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0, self.windows).to(device)
             for _ in range(2)
         )
-        self.begun = torch.ones(self.past, dtype=torch.bool, device=device)
+        self.begun = torch.ones(N - self.present, dtype=torch.bool, device=device)
 
-    @torch.no_grad()
     def deal(self, actors):
         """A new hand: HAND actors' parameters, as Pool.draw returns them."""
         self.former.load_state_dict(self.hand.state_dict())
-        for k, actor in enumerate(actors):
-            for name, parameter in self.hand.named_parameters():
-                parameter[k].copy_(actor[name][0])
+        self.hand.load_state_dict({name: torch.cat([actor[name] for actor in actors]) for name in actors[0]})
         self.begun.zero_()
         if self.opening_plies:
             self.new_openings()
@@ -741,13 +720,12 @@ class SelfPlay:
 
     def restart(self, where):
         self.game.restart(where)
-        if self.past:
-            self.begun.logical_or_(where[-self.past :])
+        self.begun.logical_or_(where[self.present :])
 
     def opponents_move(self, t, noise):
-        (obs, legal), n = self.game.view(), self.game.num_envs - self.past
+        (obs, legal), n = self.game.view(), self.present
         move = self.team.act(obs[:n, None], legal[:n, None], noise[:n, None])[:, 0]
-        if not self.past:
+        if n == len(obs):
             return move
         x = obs[n:].view(-1, self.HAND, self.obs_dim)  # the hand's boards in turn: n is that of snapshot n % HAND
         logits = self.hand(x)
@@ -853,15 +831,12 @@ class SimpleSpread:
         self.force = torch.tensor([[0.0, 0], [-5, 0], [5, 0], [0, -5], [0, 5]], device=device)
         self.others = torch.tensor([[1, 2], [0, 2], [0, 1]], device=device)
         self.always = torch.ones(num_envs, 3, 5, dtype=torch.bool, device=device)
-        self.silence = torch.zeros(num_envs, 3, 4, device=device)  # nobody speaks in this scenario
-        self.nobody = torch.zeros(num_envs, 3, device=device)
 
-    def noise(self, T):
-        return torch.rand(T, self.num_envs, 2, 3, 2)  # where agents and landmarks are, should a new episode begin
+    def noise(self, T, generator=None):  # where agents and landmarks are, should a new episode begin
+        return torch.rand(T, self.num_envs, 2, 3, 2, generator=generator)
 
     def reset(self, generator):
-        everywhere = torch.ones_like(self.clock)
-        self.begin(everywhere, torch.rand(self.num_envs, 2, 3, 2, generator=generator).to(everywhere.device))
+        self.begin(torch.ones_like(self.clock), self.noise(1, generator)[0].to(self.clock.device))
 
     def begin(self, where, noise):
         where = where.view(-1, 1, 1) > 0
@@ -873,8 +848,8 @@ class SimpleSpread:
     def view(self):
         to_landmarks = self.landmark[:, None] - self.position[:, :, None]  # (N, agent, landmark, 2)
         to_others = self.position[:, self.others] - self.position[:, :, None]  # (N, agent, the two others, 2)
-        seen = [self.velocity, self.position, to_landmarks.flatten(2), to_others.flatten(2), self.silence]
-        obs = torch.cat(seen, -1)
+        seen = [self.velocity, self.position, to_landmarks.flatten(2), to_others.flatten(2)]
+        obs = nn.functional.pad(torch.cat(seen, -1), (0, 4))  # what others say; nobody speaks in this scenario
         return {"obs": obs, "state": obs.flatten(1), "legal": self.always, "alive": self.always[..., 0]}
 
     def step(self, t, action, noise):  # (N, 3): nothing, left, right, down, up
@@ -891,7 +866,7 @@ class SimpleSpread:
         self.clock.add_(1)
         successor, over = self.view(), (self.clock == self.length).float()
         self.begin(over, noise)
-        return self.view(), successor, reward, self.nobody, over
+        return self.view(), successor, reward, torch.zeros_like(reward), over
 
 
 class ConnectFour:
@@ -1022,13 +997,8 @@ def quiet_mujoco():
 def find_parallel_env(env_id):
     """The function that makes a PettingZoo parallel environment, of an id such as mpe2.simple_tag_v3: a module, or a
     member of one, with a `parallel_env`. Raises UserError."""
-    package, _, name = env_id.rpartition(".")
     try:
-        try:
-            module = importlib.import_module(env_id)
-        except ModuleNotFoundError:
-            module = getattr(importlib.import_module(package), name)
-        return module.parallel_env
+        return pkgutil.resolve_name(f"{env_id}.parallel_env")
     except (ImportError, AttributeError, ValueError) as error:
         pins = {"mpe2": "1.1.1", "gymnasium_robotics": "1.4.2", "pettingzoo": "1.27.0"}
         root = env_id.partition(".")[0]
@@ -1048,17 +1018,17 @@ class ParallelEnv(gym.Env):
         with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}"):
             if "mujoco" in args.env_id:
                 quiet_mujoco()
-            make, given = find_parallel_env(args.env_id), json.loads(args.env_kwargs)
+            make = find_parallel_env(args.env_id)
             try:
-                self.env = make(**given, **kwargs)
-            except (TypeError, AssertionError, ValueError) as error:  # as environments refuse arguments
-                if given:
-                    raise UserError(f"cannot make {args.env_id} with {args.env_kwargs}: {first_line(error)}") from error
-                raise
+                self.env = make(**json.loads(args.env_kwargs), **kwargs)
+            except (TypeError, AssertionError, ValueError) as error:  # no JSON object, or refused by the environment
+                if args.env_kwargs == "{}":
+                    raise
+                raise UserError(f"cannot make {args.env_id} with {args.env_kwargs}: {first_line(error)}") from error
             self.names, self.render_mode = list(self.env.possible_agents), kwargs.get("render_mode")
             self.spaces = [self.env.action_space(name) for name in self.names]
             self.obs_spaces = [self.seen(self.env.observation_space(name)) for name in self.names]
-        self.metadata, self.spec = {"render_modes": ["rgb_array"]}, gym.envs.registration.EnvSpec(args.env_id)
+        self.metadata = getattr(self.env, "metadata", {})  # how many frames a second, for a video
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
         if not self.discrete and not all(isinstance(s, gym.spaces.Box) and s.is_bounded() for s in self.spaces):
             raise UserError(f"{args.env_id} has action spaces {self.spaces}; this script does Discrete or bounded Box")
@@ -1071,11 +1041,10 @@ class ParallelEnv(gym.Env):
         obs_dims = [gym.spaces.flatdim(space) for space in self.obs_spaces]
         self.obs_dim, self.has_state = max(obs_dims), False
         with named_failures(lambda: f"cannot reset {args.env_id}"):
+            self.reset(seed=0)
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                self.has_state = self.env.state().size != sum(obs_dims)  # most are all observations together
             self.state_dim = self.reset(seed=0)[0]["state"].size
-            with contextlib.suppress(NotImplementedError, AttributeError):  # most states are all observations together
-                size = self.env.state().size
-                if size != sum(obs_dims):
-                    self.has_state, self.state_dim = True, size
 
     @staticmethod
     def seen(space_or_obs):
@@ -1220,18 +1189,15 @@ class TeamActors:
         for answer in answers:
             if answer is not None:
                 raise RunFailed(answer)
-        self.note_episodes(*(self.rollout[key].cpu() for key in ("reward", "over")), begins=seed is not None)
-        return self.rollout
-
-    def note_episodes(self, reward, over, begins):
-        ended, self.running = [], self.running * (not begins)
-        for reward_t, over_t in zip(reward, over > 0):  # (N, G), (N,)
+        ended, self.running = [], self.running * (seed is None)
+        for reward_t, over_t in zip(self.rollout["reward"].cpu(), self.rollout["over"].cpu() > 0):  # (N, G), (N,)
             self.running += nn.functional.pad(reward_t, (0, 1), value=1.0)
             ended.append(self.running[over_t])
             self.running[over_t] = 0
         self.ended = torch.cat(ended)
         self.episodes += len(self.ended)
         self.last.extend((sum(returns), int(length)) for *returns, length in self.ended[-100:].tolist())
+        return self.rollout
 
     def statistics(self):
         """Episodes so far, and mean raw return, summed over agents, and length of the last 100."""
@@ -1333,11 +1299,6 @@ class CudaGraph:
                 self.result = self.function()
         self.graph.replay()
         return self.result
-
-
-def recorded(args, function):
-    """The function or, on a GPU, a recording of it. See CudaGraph for what it must not do."""
-    return CudaGraph(function) if args.cuda else function
 
 
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------
@@ -1540,13 +1501,13 @@ def evaluate(args) -> dict:
     which every other one is begun. Returns mean, std and raw returns, summed over agents (games: won 1, drawn 1/2), and
     the means by agent. Raises UserError."""
     torch.set_num_threads(1)
-    team, world, trained, global_step = load_team(args.evaluate, args.env_id, args.eval_episodes)
+    team, world, _, global_step = load_team(args.evaluate, args.env_id, args.eval_episodes)
     if isinstance(world, ParallelEnv):
         path = Path(args.evaluate)
         folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{global_step}"
-        returns = run_episodes(args, trained, team, world, folder, name)  # (K, G)
+        returns = run_episodes(args, team, world, folder, name)  # (K, G)
     elif args.capture_video:
-        raise UserError(f"{trained.env_id} is built in and draws nothing; --env-id mpe2.simple_spread_v3 does")
+        raise UserError(f"{args.env_id} is built in and draws nothing; --env-id mpe2.simple_spread_v3 does")
     elif isinstance(world, SelfPlay):
         generator = torch.Generator().manual_seed(args.seed)
         returns = match(world.game, player(team), random_player(generator))[:, None]
@@ -1562,13 +1523,13 @@ def evaluate(args) -> dict:
     return result | ({"mean_by_agent": returns.mean(0).tolist()} if team.G > 1 else {})
 
 
-def run_episodes(args, trained, team, env, folder, name):
+def run_episodes(args, team, env, folder, name):
     """Returns (K, G) of K episodes of a PettingZoo environment. Raises RunFailed."""
     returns = []
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
     with named_failures(lambda: f"episode {len(returns)}{hint}"):
         if args.capture_video:
-            env = ParallelEnv(trained, render_mode="rgb_array")
+            env = ParallelEnv(args, render_mode="rgb_array")
             env = gym.wrappers.RecordVideo(env, str(folder), lambda n: True, name_prefix=name, disable_logger=True)
         while len(returns) < args.eval_episodes:
             (view, _), over, total = env.reset(seed=None if returns else args.seed), False, 0.0
@@ -1603,32 +1564,30 @@ TEAMS = {"share_params", "team_reward", "norm_obs", "critic_input"}  # nothing o
 
 
 def parse_args(argv=None) -> Args:
-    """The command line's Args. Flags that are not given: PRESETS, or with --resume or --evaluate the checkpoint's."""
+    """The command line's Args; flags that are not given: defaults, or with --resume or --evaluate the checkpoint's."""
     argv = sys.argv[1:] if argv is None else argv
     args = cli(argv)
     given = {x.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for x in argv if x.startswith("--")}
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    default = PRESETS[args.algorithm] | {"compile": args.total_timesteps >= 200_000 and compiler is not None}
+    default = {"compile": args.total_timesteps >= 200_000 and compiler is not None}
+    default |= SELFPLAY_DEFAULTS if args.algorithm == "selfplay" else {}
     if source := args.evaluate or args.resume:
         known = vars(args).keys() - PROCESS_ONLY - EVALUATION
         default = {key: x for key, x in load_checkpoint(source)["args"].items() if key in known}
         if "algorithm" in given and args.algorithm != default["algorithm"]:
             raise UserError(f"{source} is of --algorithm {default['algorithm']}, not of {args.algorithm}")
-    args = cli(argv, Args(**default | {"algorithm": default.get("algorithm", args.algorithm)}))
-    if args.evaluate:
-        useless, why = given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate"
-    else:
-        useless, why = given & EVALUATION, "goes with --evaluate"
-    idle = {
-        f"does nothing with --algorithm {args.algorithm}": TEAMS if args.algorithm == "selfplay" else SELFPLAY,
-        f"does nothing in {args.env_id}, which is built in": {"env_kwargs"} if args.env_id in WORLDS | GAMES else set(),
-        "goes with --algorithm mappo": {"critic_input"} if args.algorithm != "mappo" else set(),
-    }
-    for reason, flags in idle.items():
-        if not useless:
-            useless, why = given & flags, reason
-    for flag in useless:
-        raise UserError(f"--{flag.replace('_', '-')} {why}")
+    args = cli(argv, Args(**default))
+    useless = (  # when, which flags, and what to say of them
+        (args.evaluate, given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate"),
+        (not args.evaluate, EVALUATION, "goes with --evaluate"),
+        (args.algorithm == "selfplay", TEAMS, "does nothing with --algorithm selfplay"),
+        (args.algorithm != "selfplay", SELFPLAY, f"does nothing with --algorithm {args.algorithm}"),
+        (args.algorithm != "mappo", {"critic_input"}, "goes with --algorithm mappo"),
+        (args.env_id in WORLDS | GAMES, {"env_kwargs"}, f"does nothing in {args.env_id}, which is built in"),
+    )
+    for when, flags, what in useless:
+        for flag in given & flags if when else ():
+            raise UserError(f"--{flag.replace('_', '-')} {what}")
     return args
 
 
@@ -1644,10 +1603,6 @@ def check_args(args):
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
     moves = (GAMES[args.env_id].max_plies + 1) // 2 if args.env_id in GAMES else 0
-    try:
-        is_object = isinstance(json.loads(args.env_kwargs), dict)
-    except ValueError:
-        is_object = False
     rules = {
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
         "--norm-adv needs minibatches of at least 2 samples": not args.norm_adv or batch > args.num_minibatches,
@@ -1655,7 +1610,6 @@ def check_args(args):
         f"--algorithm selfplay plays {games}; {args.env_id} is for mappo and ippo": not game or args.env_id in GAMES,
         f"{args.env_id} is a game for --algorithm selfplay": game or args.env_id not in GAMES,
         f"--num-steps must be at least {moves}, or a game could outlive its opponent": args.num_steps >= moves,
-        f"--env-kwargs {args.env_kwargs} is not a JSON object": is_object,
         "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
     }
     for message, holds in rules.items():

@@ -193,7 +193,7 @@ def test_a_pettingzoo_world_row_by_row(num_workers):
         np.testing.assert_allclose(r["reward"][:, n], np.stack([np.ones(12), 10 * (step < 3), np.full(12, 100)], 1))
         assert r["terminated"][:, n, 0].tolist() == ((step == 4) & (episode % 2 == 1)).astype(float).tolist()
         assert r["terminated"][:, n, 1].tolist() == ((step == 2) * 1.0).tolist()
-        assert r["done"][:, n, 0].tolist() == r["over"][:, n].tolist() == ((step == 4) * 1.0).tolist()
+        assert r["over"][:, n].tolist() == ((step == 4) * 1.0).tolist()
     assert actors.statistics() == {"episodes": 4, "episodic_return": 5 + 30 + 500, "episodic_length": 5}
     assert actors.running.tolist() == [[2, 20, 200, 2]] * 2  # the third episode is in flight
     assert list(actors.by_agent().values()) == [5, 30, 500]
@@ -207,8 +207,8 @@ def test_an_agent_that_is_truncated_alone_is_done():
     step = np.tile(np.arange(5), 2)
     for n in range(2):
         assert r["alive"][:, n, 1].tolist() == (step < 3).tolist() and not r["terminated"][:, n].any()
-        assert [r["done"][t, n, 1].item() for t in (2, 7)] == [1, 1]
-        assert r["done"][:, n, 0].tolist() == ((step == 4) * 1.0).tolist()
+        leaves = r["alive"][:, n] > r["next_alive"][:, n]
+        assert leaves[:, 1].tolist() == (step == 2).tolist() and leaves[:, 0].tolist() == (step == 4).tolist()
     team.update_statistics(r, r["reward"])  # values that are not all but 0
     check_advantages(args, r, team)
 
@@ -373,7 +373,7 @@ def gradients_of_a_matrix_game(team, payoff, args):
     world = Space(2, 1, 2, Discrete(3))
     r = ma.empty_rollout(team, world, 1, 9)
     for key in r:
-        r[key] += key.split("_")[-1] in ("obs", "state", "legal", "alive", "terminated", "done", "over")
+        r[key] += key.split("_")[-1] in ("obs", "state", "legal", "alive", "terminated", "over")
     r["action"][0], r["reward"][0] = joint, payoff[joint[:, 0], joint[:, 1], None].expand(9, 2)
     advantage = ma.make_team_batch(team, r, args)[0]["advantage"]  # (9, 2)
     legal = torch.ones(9, 2, 3, dtype=torch.bool)
@@ -789,8 +789,8 @@ def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
         (["--env-id", "toy_parallel.pictures"], "this script is not for images"),
         (["--env-id", "no_such_env"], "there is no environment no_such_env"),
         (["--env-id", "toy_parallel.nothing"], "there is no environment toy_parallel.nothing"),
-        (["--env-id", "toy_parallel.matrix", "--env-kwargs", "{"], "is not a JSON object"),
-        (["--env-id", "toy_parallel.matrix", "--env-kwargs", "[]"], "is not a JSON object"),
+        (["--env-id", "toy_parallel.matrix", "--env-kwargs", "{"], "matrix with {: Expecting property name"),
+        (["--env-id", "toy_parallel.matrix", "--env-kwargs", "[]"], "matrix with []: "),
         (["--env-kwargs", "{}"], "--env-kwargs does nothing in simple_spread, which is built in"),
         (["--snapshot-every", "5"], "--snapshot-every does nothing with --algorithm mappo"),
         (["--algorithm", "selfplay", "--no-share-params"], "--share-params does nothing with --algorithm selfplay"),
