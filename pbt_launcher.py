@@ -762,12 +762,12 @@ def say(text):
     print(f"{SCRIPT}.py: {text}", file=sys.stderr, flush=True)
 
 
-def cli(argv, default=None) -> Args:
+def cli(argv) -> Args:
     """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv, default=default)
+            return tyro.cli(Args, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help
             sys.stdout.flush()
@@ -837,22 +837,19 @@ def main(argv=None) -> int:
         check_args(args)
         check_folder(args)
         result = train(args)
-    except BrokenPipeError:
-        raise
+        if result["signal"]:
+            say(f"to go on:    python {SCRIPT}.py {shlex.join(['--resume', *(x for x in argv if x != '--resume')])}")
+        elif result["leg"]:
+            say(f"to evaluate: python {args.script} --evaluate {result['best']}")
+        print(json.dumps(result), flush=True)
+        return 128 + result["signal"] if result["signal"] else 0
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, RunFailed, OSError) as error:
         say(error)
         return 2 if isinstance(error, UserError) else 1
-    if result["signal"]:
-        again = ["--resume", *(x for x in argv if x != "--resume")]
-        say(f"to go on:    python {SCRIPT}.py {shlex.join(again)}")
-    elif result["leg"]:
-        say(f"to evaluate: python {args.script} --evaluate {result['best']}")
-    print(json.dumps(result), flush=True)
-    return 128 + result["signal"] if result["signal"] else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # `| head -1` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(main())

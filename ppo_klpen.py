@@ -55,7 +55,7 @@ import copy
 import io
 import json
 import math
-import multiprocessing.connection
+import multiprocessing
 import os
 import shutil
 import signal
@@ -87,7 +87,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem  # the file's own name: a copy under another name makes, and accepts, runs of its own
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ROLLOUT = ("obs", "next_obs", "action", "reward", "terminated", "done", "discounted_return")
-Distribution.set_default_validate_args(False)  # looking at every argument would wait for the GPU in each minibatch
+Distribution.set_default_validate_args(False)  # checking arguments would wait for the GPU in every minibatch
 
 
 @dataclass
@@ -149,7 +149,7 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # what never moved has no scale: 1
+        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # a constant has no scale: 1
 
     def forward(self, x):
         return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
@@ -178,9 +178,9 @@ class Agent(nn.Module):
         self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first no action is preferred
         self.critic = mlp(obs_dim, 1, output_gain=1.0)
         if not self.discrete:
-            # One free standard deviation per action dimension, the same in all states. As an output of the network it
-            # could vanish in states where the first actions happened to be good, and with it the exploration that
-            # would find better ones.
+            # One free standard deviation per action dimension, the same in all states. If the network computed it from
+            # the state, it could shrink to 0 wherever the first few actions happened to do well, and the policy would
+            # stop exploring there.
             self.log_std = nn.Parameter(torch.zeros(self.action_dim))
         self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
 
@@ -237,45 +237,40 @@ class Environments:
         self.old_agent, self.noise, self.rollout = old_agent, noise, rollout  # in memory that all processes share
         self.envs = [make_env(args.env_id) for _ in range(part.start, part.stop)]
         self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D)
-        self.discounted_return, self.episode_return, self.episode_length = np.zeros((3, len(self.envs)))
+        self.discounted_return = np.zeros(len(self.envs))
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
         self.obs[i] = checked(self.envs[i].reset(**seed)[0], self.obs[i].shape)
-        self.discounted_return[i] = self.episode_return[i] = self.episode_length[i] = 0
+        self.discounted_return[i] = 0
 
     @torch.inference_mode()
-    def run(self, seeds=None):
+    def run(self, seeds=()):
         """Run pi_old for T steps in each environment (line 3); write what happens into their columns of the rollout.
 
         next_obs is the true successor, also where an episode ends: its last observation, not the first of the next one.
         Only the policy is evaluated here. Values and log-probabilities follow in one large batch (make_batch), since no
-        parameter moves during a rollout. With seeds (N,), all environments begin new episodes first. Returns the
-        episodes that ended: (step, environment, raw return, length) each.
+        parameter moves during a rollout. With seeds (N,), all environments begin new episodes first.
         """
-        columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # views, (T, n, ...)
-        obs, next_obs, action, reward, terminated, done, discounted_return = columns
-        # NOTE: every process evaluates the policy on N rows, zero where the environment is not its own. Matrices of
-        # another size may be rounded differently, and the number of processes must not change a run.
-        all_obs, episodes = np.zeros(self.rollout["obs"].shape[1:], np.float32), []  # (N, D)
-        for i in range(len(self.envs) if seeds is not None else 0):
-            self.begin_episode(i, 0, seed=int(seeds[self.part][i]))
-        for t in range(len(self.noise)):
-            obs[t] = all_obs[self.part] = self.obs
-            action[t] = self.old_agent.act(torch.from_numpy(all_obs), self.noise[t]).numpy()[self.part]
-            for i, x in enumerate(env_action(action[t], self.envs[0].action_space)):
-                self.at = self.part.start + i, t
-                successor, reward[t, i], terminated[t, i], truncated, _ = self.envs[i].step(x)
-                next_obs[t, i] = self.obs[i] = checked(successor, self.obs[i].shape, reward[t, i])
-                done[t, i] = terminated[t, i] or truncated
-            self.discounted_return = self.discounted_return * self.gamma + reward[t]
-            discounted_return[t] = self.discounted_return
-            self.episode_return += reward[t]
-            self.episode_length += 1
-            for i in np.flatnonzero(done[t]):
-                episodes.append((t, self.part.start + i, self.episode_return[i], self.episode_length[i]))
-                self.begin_episode(i, t)
-        return episodes
+        with named_failures(lambda: "environment {}, step {} of the rollout".format(*self.at)):
+            columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # views, (T, n, ...)
+            obs, next_obs, action, reward, terminated, done, discounted_return = columns
+            # NOTE: every process gives the policy all N rows, zeros where the environment is not its own. Matrices of
+            # another size may be rounded differently, and the number of processes must not change a run.
+            all_obs = np.zeros(self.rollout["obs"].shape[1:], np.float32)  # (N, D)
+            for i, seed in enumerate(seeds[self.part]):
+                self.begin_episode(i, 0, seed=int(seed))
+            for t in range(len(self.noise)):
+                obs[t] = all_obs[self.part] = self.obs
+                action[t] = self.old_agent.act(torch.from_numpy(all_obs), self.noise[t]).numpy()[self.part]
+                for i, x in enumerate(env_action(action[t], self.envs[0].action_space)):
+                    self.at = self.part.start + i, t
+                    successor, reward[t, i], terminated[t, i], truncated, _ = self.envs[i].step(x)
+                    next_obs[t, i] = self.obs[i] = checked(successor, self.obs[i].shape, reward[t, i])
+                    done[t, i] = terminated[t, i] or truncated
+                discounted_return[t] = self.discounted_return = self.discounted_return * self.gamma + reward[t]
+                for i in np.flatnonzero(done[t]):
+                    self.begin_episode(i, t)
 
 
 def env_action(action, space):
@@ -289,9 +284,9 @@ def env_action(action, space):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. It is an estimate of the
-    advantage with little noise, but it believes V, which is wrong at first. The discounted sum of all deltas until the
-    episode ends believes only what happened, and is as noisy as whole episodes are. lambda trades one for the other:
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
+    advantage it has little noise, but it trusts V, which is wrong at first. The discounted sum of all deltas to the
+    episode's end trusts only the rewards, but is as noisy as a whole episode. lambda chooses between the two:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
 
@@ -390,9 +385,8 @@ def train(args: Args) -> dict:
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(1)  # with networks this small a second thread costs more than it brings
     torch.manual_seed(args.seed)
-    agent = Agent(env.observation_space.shape[0], env.action_space)
+    agent = Agent(env.observation_space.shape[0], env.action_space).to(device)
     actors = Actors(args, agent)
-    agent.to(device)
 
     # What the update reads stays in one place and is overwritten there, as a CUDA graph demands. Hyperparameters are
     # tensors, too: neither a schedule nor a mutation by the PBT launcher makes the compiler start again.
@@ -408,11 +402,11 @@ def train(args: Args) -> dict:
     beta = run.adapted("beta", "beta_init") if args.beta_schedule == "adaptive" else args.beta_init
     if global_step >= run.last_step:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
-        return run.summary(global_step, signals=[])
+        return run.summary(global_step)
 
-    cut = True  # a clean cut: the episodes in flight are truncated, and all environments start anew
-    with actors, run, stop_signals() as signals:
-        while global_step < run.last_step and not signals:
+    cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    with actors, run:
+        while not over:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             if args.lr_schedule != "kl-adaptive":
                 learning_rate = args.learning_rate * (remaining if args.lr_schedule == "linear" else 1)
@@ -423,12 +417,11 @@ def train(args: Args) -> dict:
             rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)
 
             # ---- estimate advantages (line 4) ------------------------------------------------------------------------
-            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So a rollout
-            # enters the statistics only after it was learned from. The first one is the exception. A new policy, its
-            # last layer so small, acts the same on scaled and on raw observations; but a critic that begins with raw
-            # rewards (Hopper: a value loss of 14 instead of 0.1) needs tens of thousands of steps to recover.
-            first = global_step == 0
-            if first:
+            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
+            # statistics take in a rollout only after the update has learned from it. The first one is the exception: a
+            # new policy's last layer is so small that scaling hardly changes how it acts, while a critic that starts on
+            # raw rewards (Hopper: a value loss of 14 instead of 0.1) needs tens of thousands of steps to recover.
+            if global_step == 0:
                 agent.update_statistics(rollout)
             for key, x in make_batch(agent, rollout, args.gamma, args.gae_lambda).items():
                 data[key].copy_(x)
@@ -443,7 +436,7 @@ def train(args: Args) -> dict:
                 learning_rate = adapted_learning_rate(learning_rate, kl, args.kl_lr_target, args.kl_lr_band)
             if args.beta_schedule == "adaptive":
                 beta = adapted_beta(beta, kl, args.kl_target)
-            if not first:
+            if global_step > 0:
                 agent.update_statistics(rollout)
             global_step += B
 
@@ -451,13 +444,12 @@ def train(args: Args) -> dict:
             losses = dict(zip(names, (state["sums"] / (epoch * args.num_minibatches)).tolist())) | {"kl": kl}
             unexplained = (data["return"] - data["value"]).var() / data["return"].var()
             losses |= {"explained_variance": 1 - unexplained.item(), "klpen/beta": coef["beta"].item()}
-            charts = {**actors.statistics(), "learning_rate": coef["learning_rate"].item()}
-            run.log(global_step, B, charts, losses)
-            passed = global_step // args.checkpoint_every > (global_step - B) // args.checkpoint_every
-            cut = passed or global_step >= run.last_step or bool(signals)
+            run.log(global_step, B, {"learning_rate": coef["learning_rate"].item()}, losses)
+            over = global_step >= run.last_step or run.signal is not None
+            cut = over or global_step % args.checkpoint_every < B
             if cut:
                 run.save(global_step, learning_rate=learning_rate, beta=beta)
-    return run.summary(global_step, signals)
+    return run.summary(global_step)
 
 
 # ==== Plumbing, the same in every script. A reader who wanted the algorithm can stop here. ============================
@@ -482,6 +474,9 @@ def say(text):
 # ---- environments and the processes that run them --------------------------------------------------------------------
 
 
+MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there
+
+
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
     if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
@@ -493,16 +488,15 @@ def checked(obs, shape, reward=None):
 
 
 @contextlib.contextmanager
-def named_failures(describe):
-    """Turn what an environment raises into one line: describe(), the call, the error, and the place in the code."""
+def named_failures(describe, mistakes=()):
+    """Turn what an environment raises into one line: describe(), the call, the error, and the place in the code. Errors
+    of the kinds `mistakes` are the user's."""
     try:
         yield
-    except (gym.error.Error, ImportError) as error:  # an id, a version or a package that is not there
+    except (UserError, *mistakes) as error:
         raise UserError(f"{describe()}: {first_line(error)}") from error
     except RunFailed as error:
         raise RunFailed(f"{describe()}: {error}") from error
-    except UserError:
-        raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         call = next((f.name for f in reversed(frames) if f.name in ("__init__", "reset", "step")), frames[-1].name)
@@ -523,15 +517,12 @@ def quiet_mujoco():
 def make_env(env_id, **kwargs):
     """One environment, with observations as vectors. Raises UserError for what this script does not do."""
     gym.logger.min_level = gym.logger.ERROR  # v4 on purpose: the published numbers are v4's; v5 works, too
-    with named_failures(lambda: f"cannot make {env_id}"):
+    with named_failures(lambda: f"cannot make {env_id}", MISTAKES):
         if "mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):
             quiet_mujoco()
+            if "render_mode" in kwargs:
+                kwargs["camera_name"] = "track"  # else a body that walks leaves the picture
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
-        if "render_mode" in kwargs and hasattr(env.unwrapped, "mujoco_renderer"):
-            from mujoco import mj_name2id, mjtObj
-
-            camera = mj_name2id(env.unwrapped.model, mjtObj.mjOBJ_CAMERA, "track")  # -1, a fixed one, if there is none
-            env.unwrapped.mujoco_renderer.camera_id = camera  # else a body that walks leaves the picture
     shape, space = env.observation_space.shape, env.action_space
     if shape is not None and len(shape) > 1:
         raise UserError(f"{env_id} has observations of shape {shape}; this script is for vectors, not for images")
@@ -547,24 +538,17 @@ def close(*envs):
             env.close()
 
 
-def perform(environments, seeds):
-    """environments.run(seeds), where a failure names the environment and the step. Raises RunFailed."""
-    with named_failures(lambda: "environment {}, step {} of the rollout".format(*environments.at)):
-        return environments.run(seeds)
-
-
 def work(pipe, *args):
     """A worker process: run Environments(*args) as often as the parent asks for it."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them, too, and finishes its iteration first
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         try:
             environments = Environments(*args)
-            while (seeds := pipe.recv()) is not False:
-                pipe.send(perform(environments, seeds))
+            while (seeds := pipe.recv()) is not None:
+                pipe.send(environments.run(seeds))
             close(*environments.envs)
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
@@ -576,14 +560,15 @@ class Actors:
 
     def __init__(self, args, agent):
         T, N, D = args.num_steps, args.num_envs, len(agent.obs_rms.mean)
-        self.old_agent, self.noise = copy.deepcopy(agent).share_memory(), agent.noise(T, N).share_memory_()
-        action = agent.act(torch.zeros(N, D), self.noise[0])  # (N, A) or (N,)
+        self.old_agent, self.noise = copy.deepcopy(agent).cpu().share_memory(), agent.noise(T, N).share_memory_()
+        action = self.old_agent.act(torch.zeros(N, D), self.noise[0])  # (N, A) or (N,)
         self.rollout = {key: torch.zeros(T, N) for key in ROLLOUT} | {"action": action.new_zeros(T, *action.shape)}
         self.rollout |= {key: torch.zeros(T, N, D) for key in ("obs", "next_obs")}
         shared = self.old_agent, self.noise, {key: x.share_memory_() for key, x in self.rollout.items()}
         k = min(max(args.num_workers, 1), N)  # processes
         self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
         self.episodes, self.last = 0, deque(maxlen=100)  # last: (return, length) of the episodes that ended last
+        self.running = np.zeros((2, N))  # return and length so far of the episodes in flight
 
     def __enter__(self):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -603,7 +588,7 @@ class Actors:
     def __exit__(self, *error):
         for _, pipe in self.workers:
             with contextlib.suppress(OSError):  # that worker is dead
-                pipe.send(False)
+                pipe.send(None)
         for process, _ in self.workers:
             process.join(timeout=5)
             process.kill()
@@ -614,20 +599,23 @@ class Actors:
         new episodes first; a tuple of integers. Raises RunFailed."""
         self.old_agent.load_state_dict(agent.state_dict())
         self.noise.copy_(agent.noise(*self.noise.shape[:2]))
-        seeds = None if seed is None else np.random.SeedSequence(seed).generate_state(self.noise.shape[1]) >> 1
+        seeds = () if seed is None else np.random.SeedSequence(seed).generate_state(self.noise.shape[1]) >> 1
         try:
             for _, pipe in self.workers:
                 pipe.send(seeds)
-            answers = [perform(self.own, seeds)] + [pipe.recv() for _, pipe in self.workers]
+            answers = [self.own.run(seeds)] + [pipe.recv() for _, pipe in self.workers]
         except (EOFError, OSError) as error:
             codes = [process.exitcode for process, _ in self.workers if process.join(0.1) or not process.is_alive()]
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
         for answer in answers:
-            if isinstance(answer, str):
+            if answer is not None:
                 raise RunFailed(answer)
-        ended = sorted(sum(answers, []))
-        self.episodes += len(ended)
-        self.last.extend((float(episode_return), int(length)) for _, _, episode_return, length in ended)
+        self.running *= seed is None
+        for reward, done in zip(self.rollout["reward"].numpy(), self.rollout["done"].numpy() > 0):  # (N,), (N,)
+            self.running += np.stack([reward, np.ones(len(reward))])
+            self.last.extend(map(tuple, self.running[:, done].T.tolist()))
+            self.episodes += int(done.sum())
+            self.running[:, done] = 0
         return self.rollout
 
     def statistics(self):
@@ -735,9 +723,8 @@ def save_checkpoint(state, path):
     blob, temporary = io.BytesIO(), path.with_suffix(".pt.tmp")
     torch.save(state, blob)
     try:
-        with open(temporary, "wb") as file:
-            file.write(blob.getbuffer())
-            file.flush()
+        temporary.write_bytes(blob.getbuffer())
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -751,13 +738,12 @@ def load_checkpoint(path, env_id=None):
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.save stores checksums, but torch.load ignores them
+        if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
+            raise zipfile.BadZipFile
         state = torch.load(path, weights_only=True, map_location="cpu")
         script, trained_on = state["script"], state["args"]["env_id"]
-    except Exception:
-        damaged = True
-    if damaged:
-        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py")
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     return state
@@ -777,7 +763,7 @@ class Run:
 
     def __init__(self, args):
         """Check what can be checked, and read the checkpoint to resume. Writes nothing. Raises UserError."""
-        self.start, self.args = time.time(), args
+        self.start, self.args, self.signal = time.time(), args, None
         check_args(args)
         self.checkpoint = load_checkpoint(args.resume, args.env_id) if args.resume else {}
         resumed = args.resume and (Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent)
@@ -825,10 +811,15 @@ class Run:
                 import fcntl
 
                 fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.csv.seek(0)
+            lines = self.csv.readlines() if self.global_step else []
+            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
         except OSError as error:
             busy = isinstance(error, BlockingIOError)
             raise UserError(f"{self.dir}: {'another process is using it' if busy else error.strerror}") from error
-        self.cut_rows()
+        except ValueError as error:
+            raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
+        self.csv.truncate(len("".join(lines[:1] + kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
@@ -838,22 +829,12 @@ class Run:
         with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
             shutil.copy(__file__, self.dir)
         self.board = SummaryWriter(self.dir, purge_step=self.global_step + 1 if self.global_step else None)
-        B = args.num_envs * args.num_steps
-        total = self.global_step + math.ceil((self.last_step - self.global_step) / B) * B
         out = sys.stderr if terminal else open(os.devnull, "w")
-        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", file=out)
+        self.bar = tqdm(total=self.last_step, initial=self.global_step, unit=" steps", file=out)
         self.next_line = math.inf if terminal else time.time() + 10
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.handlers = {number: signal.signal(number, self.stop) for number in numbers}
         return self
-
-    def cut_rows(self):
-        """Drop the rows past the checkpoint: they tell of steps that were lost. Raises UserError."""
-        self.csv.seek(0)
-        try:
-            lines = self.csv.readlines() if self.global_step else []
-            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
-        except ValueError as error:
-            raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
-        self.csv.truncate(len("".join(lines[:1] + kept)))
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -861,7 +842,7 @@ class Run:
         for key, x in losses.items():
             if not math.isfinite(x) and key != "explained_variance":  # which is nan if all returns are the same
                 raise RunFailed(f"{key} is {x} at step {global_step}")
-        charts = {"SPS": B / iteration_time} | charts
+        charts = {"SPS": B / iteration_time} | self.actors.statistics() | charts
         row = {"global_step": global_step, "wall_time": self.wall_time} | charts | losses
         if not self.csv.tell():
             print(*(key.split("/")[-1].lower() for key in row), sep=",", file=self.csv)
@@ -870,42 +851,30 @@ class Run:
             tag = key if "/" in key else f"{'charts' if key in charts else 'losses'}/{key}"
             self.board.add_scalar(tag, x, global_step)
         self.bar.set_postfix_str(f"return {charts['episodic_return']:.1f}", refresh=False)
+        self.bar.total = max(self.bar.total, global_step)  # the last iteration may pass the end
         self.bar.update(global_step - self.bar.n)
         if time.time() > self.next_line:
             print(self.bar, file=sys.stderr, flush=True)
             self.next_line = time.time() + 10
 
-    def __exit__(self, *error):
+    def stop(self, number, frame):
+        """The first SIGINT or SIGTERM ends the run after its iteration; the same again kills."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, kind, error, trace):
         for x in (self.bar, self.board, self.csv):
             x.close()
+        for number, before in self.handlers.items():
+            signal.signal(number, before)
+        if self.signal and isinstance(error, Exception):  # Ctrl-C has also reached a compiler that was at work
+            raise KeyboardInterrupt(self.signal) from error
 
-    def summary(self, global_step, signals):
+    def summary(self, global_step):
         new = min(self.actors.episodes - self.episodes_before, 100)
         returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
         result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
-        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": signals[0] if signals else None}
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a list that receives the number of a SIGINT or SIGTERM, for the loop to look at; a second one kills."""
-    received, before = [], {}
-
-    def handler(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    except Exception as error:
-        if received:  # Ctrl-C has also reached a compiler that this process was waiting for
-            raise KeyboardInterrupt(received[0]) from error
-        raise
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": self.signal}
 
 
 # ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
@@ -920,7 +889,7 @@ def evaluate(args) -> dict:
     agent, noise, returns = Agent(env.observation_space.shape[0], env.action_space), 0.0, []
     load_weights(agent, checkpoint)
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
-    with named_failures(lambda: f"episode {len(returns)}{hint}"):
+    with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
         if args.capture_video:
             path = Path(args.evaluate)
             folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{checkpoint['global_step']}"
@@ -937,12 +906,12 @@ def evaluate(args) -> dict:
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def cli(argv, default=None) -> Args:
+def cli(argv) -> Args:
     """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv, default=default)
+            return tyro.cli(Args, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help
             sys.stdout.flush()
@@ -963,10 +932,10 @@ def parse_args(argv=None) -> Args:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     default = {"compile": args.total_timesteps >= 200_000 and compiler is not None}
     if source := args.evaluate or args.resume:
-        known = vars(args).keys() - PROCESS_ONLY - EVALUATION
-        default = {key: x for key, x in load_checkpoint(source)["args"].items() if key in known}
-    args = cli(argv, Args(**default))
+        default = load_checkpoint(source)["args"]
     given = {x.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for x in argv if x.startswith("--")}
+    for key in default.keys() & vars(args).keys() - given - PROCESS_ONLY - EVALUATION:
+        setattr(args, key, default[key])
     if args.evaluate:
         useless, why = given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate"
     else:
@@ -989,15 +958,14 @@ def check_args(args):
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch = args.num_envs * args.num_steps
-    rules = {
-        f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
-        "--norm-adv needs minibatches of at least 2 samples": not args.norm_adv or batch > args.num_minibatches,
-        f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
-        "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
-    }
-    for message, holds in rules.items():
-        if not holds:
-            raise UserError(message)
+    if batch % args.num_minibatches:
+        raise UserError(f"{batch} samples do not divide into {args.num_minibatches} minibatches")
+    if args.norm_adv and batch == args.num_minibatches:
+        raise UserError("--norm-adv needs minibatches of at least 2 samples")
+    if args.total_timesteps < batch:
+        raise UserError(f"--total-timesteps is shorter than one iteration of {batch} steps")
+    if args.cuda and not torch.cuda.is_available():
+        raise UserError("--cuda: torch finds no CUDA device here")
 
 
 def main(argv=None) -> int:
@@ -1005,26 +973,24 @@ def main(argv=None) -> int:
         args = parse_args(argv)
         check_args(args)
         result = evaluate(args) if args.evaluate else train(args)
-    except BrokenPipeError:
-        raise
+        if not args.evaluate:
+            run_dir = Path(result["checkpoint"]).parent
+            say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
+            say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
+            say(f"to plot:     tensorboard --logdir {run_dir}")
+            result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
+        print(json.dumps(result), flush=True)
+        return 128 + result["signal"] if result.get("signal") else 0
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, RunFailed, OSError) as error:
         say(error)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as interrupt:
         say("interrupted before the first iteration")
         return 128 + (interrupt.args or [signal.SIGINT])[0]
-    if not args.evaluate:
-        run_dir = Path(result["checkpoint"]).parent
-        say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
-        say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
-        say(f"to plot:     tensorboard --logdir {run_dir}")
-        result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
-    print(json.dumps(result), flush=True)
-    return 128 + result["signal"] if result.get("signal") else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # `| head -1` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(main())

@@ -55,7 +55,7 @@ import copy
 import io
 import json
 import math
-import multiprocessing.connection
+import multiprocessing
 import os
 import pkgutil
 import shutil
@@ -88,7 +88,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem  # the file's own name: a copy under another name makes, and accepts, runs of its own
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-Distribution.set_default_validate_args(False)  # looking at every argument would wait for the GPU in each minibatch
+Distribution.set_default_validate_args(False)  # checking arguments would wait for the GPU in every minibatch
 
 
 @dataclass
@@ -190,7 +190,7 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # what never moved has no scale: 1
+        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # a constant has no scale: 1
 
     def forward(self, x):
         return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
@@ -373,10 +373,10 @@ class BuiltInEnvironments:
         self.noise, self.world_noise = noise, world_noise  # of the policies, of the world: random numbers for T steps
         self.all_steps = CudaGraph(self.steps) if args.cuda else self.steps
 
-    def run(self, seeds=None):
+    def run(self, seeds=()):
         """T steps of old_team in all environments, written into the rollout. With seeds (N,): begin new episodes."""
         self.world_noise.copy_(self.world.noise(len(self.noise)))
-        if seeds is not None:
+        if len(seeds):
             self.world.reset(torch.Generator().manual_seed(int(seeds[0])))
         self.all_steps()
 
@@ -409,15 +409,15 @@ class ParallelEnvironments:
             x[i] = view[key]
 
     @torch.inference_mode()
-    def run(self, seeds=None):
+    def run(self, seeds=()):
         """T steps of old_team in each environment, written into their columns of the rollout. With seeds (N,), all
         begin new episodes first."""
         columns = {key: x.numpy()[:, self.part] for key, x in self.rollout.items()}  # views, (T, n, ...)
-        # NOTE: every process evaluates the policies on N rows, zero where the environment is not its own. Matrices of
+        # NOTE: every process gives the policies all N rows, zeros where the environment is not its own. Matrices of
         # another size may be rounded differently, and the number of processes must not change a run.
         obs, legal = (torch.zeros_like(self.rollout[key][0]) for key in ("obs", "legal"))
-        for i in range(len(self.envs) if seeds is not None else 0):
-            self.begin_episode(i, 0, seed=int(seeds[self.part][i]))
+        for i, seed in enumerate(seeds[self.part]):
+            self.begin_episode(i, 0, seed=int(seed))
         for t, noise in enumerate(self.noise):
             now = {key: x[t] for key, x in columns.items()}
             for key, x in self.view.items():
@@ -442,9 +442,9 @@ class ParallelEnvironments:
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. It is an estimate of the
-    advantage with little noise, but it believes V, which is wrong at first. The discounted sum of all deltas until the
-    episode ends believes only what happened, and is as noisy as whole episodes are. lambda trades one for the other:
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
+    advantage it has little noise, but it trusts V, which is wrong at first. The discounted sum of all deltas to the
+    episode's end trusts only the rewards, but is as noisy as a whole episode. lambda chooses between the two:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
 
@@ -592,11 +592,11 @@ def train(args: Args) -> dict:
         pool.restore(run)
     if global_step >= run.last_step:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
-        return run.summary(global_step, signals=[])
+        return run.summary(global_step)
 
-    cut = True  # a clean cut: the episodes in flight are truncated, and all environments start anew
-    with actors, run, stop_signals() as signals:
-        while global_step < run.last_step and not signals:
+    cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    with actors, run:
+        while not over:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             coef["learning_rate"].fill_(args.learning_rate * (remaining if args.lr_schedule == "linear" else 1))
             coef["ent_coef"].fill_(args.ent_coef * (args.ent_final + (1 - args.ent_final) * remaining))
@@ -611,12 +611,11 @@ def train(args: Args) -> dict:
             rollout = actors.collect(team, seed=(args.seed, global_step) if cut else None)
 
             # ---- estimate advantages ---------------------------------------------------------------------------------
-            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So a rollout
-            # enters the statistics only after it was learned from. The first one is the exception: a new policy, its
-            # last layer so small, acts the same on scaled and on raw observations, and the critic begins well scaled.
+            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
+            # statistics take in a rollout only after the update has learned from it. The first one is the exception: a
+            # new policy's last layer is so small that scaling hardly changes how it acts, and the critic begins scaled.
             batch, returns = make_team_batch(team, rollout, args)
-            first = global_step == 0
-            if first:
+            if global_step == 0:
                 team.update_statistics(rollout, returns)
                 batch, returns = make_team_batch(team, rollout, args)
             for key, x in batch.items():
@@ -628,7 +627,7 @@ def train(args: Args) -> dict:
                 order.copy_(torch.randperm(B).view_as(order))
                 run_epoch()
             kl = team_kl(team, data).item()
-            if not first:
+            if global_step > 0:
                 team.update_statistics(rollout, returns)
             global_step += B
 
@@ -636,13 +635,13 @@ def train(args: Args) -> dict:
             losses = dict(zip(names, (state["sums"] / (args.update_epochs * args.num_minibatches)).tolist()))
             value, target = (data[key][data["alive"] > 0] for key in ("value", "return"))
             losses |= {"kl": kl, "explained_variance": 1 - ((target - value).var() / target.var()).item()}
-            charts = {**actors.statistics(), "learning_rate": coef["learning_rate"].item()}
-            run.log(global_step, B, charts | actors.by_agent() | (pool.strength if pool else {}), losses)
-            passed = global_step // args.checkpoint_every > (global_step - B) // args.checkpoint_every
-            cut = passed or global_step >= run.last_step or bool(signals)
+            charts = {"learning_rate": coef["learning_rate"].item()} | actors.by_agent()
+            run.log(global_step, B, charts | (pool.strength if pool else {}), losses)
+            over = global_step >= run.last_step or run.signal is not None
+            cut = over or global_step % args.checkpoint_every < B
             if cut:
                 run.save(global_step, **(pool.adapted() if pool else {}))
-    return run.summary(global_step, signals)
+    return run.summary(global_step)
 
 
 # ==== Self-play =======================================================================================================
@@ -956,6 +955,9 @@ def say(text):
 # ---- environments and the processes that run them --------------------------------------------------------------------
 
 
+MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there
+
+
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
     if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
@@ -967,16 +969,15 @@ def checked(obs, shape, reward=None):
 
 
 @contextlib.contextmanager
-def named_failures(describe):
-    """Turn what an environment raises into one line: describe(), the call, the error, and the place in the code."""
+def named_failures(describe, mistakes=()):
+    """Turn what an environment raises into one line: describe(), the call, the error, and the place in the code. Errors
+    of the kinds `mistakes` are the user's."""
     try:
         yield
-    except (gym.error.Error, ImportError) as error:  # an id, a version or a package that is not there
+    except (UserError, *mistakes) as error:
         raise UserError(f"{describe()}: {first_line(error)}") from error
     except RunFailed as error:
         raise RunFailed(f"{describe()}: {error}") from error
-    except UserError:
-        raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         call = next((f.name for f in reversed(frames) if f.name in ("__init__", "reset", "step")), frames[-1].name)
@@ -1015,16 +1016,16 @@ class ParallelEnv(gym.Env):
     agents are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
 
     def __init__(self, args, **kwargs):
-        with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}"):
+        make = find_parallel_env(args.env_id)
+        with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}", MISTAKES):
             if "mujoco" in args.env_id:
                 quiet_mujoco()
-            make = find_parallel_env(args.env_id)
             try:
                 self.env = make(**json.loads(args.env_kwargs), **kwargs)
             except (TypeError, AssertionError, ValueError) as error:  # no JSON object, or refused by the environment
                 if args.env_kwargs == "{}":
                     raise
-                raise UserError(f"cannot make {args.env_id} with {args.env_kwargs}: {first_line(error)}") from error
+                raise UserError(first_line(error)) from error
             self.names, self.render_mode = list(self.env.possible_agents), kwargs.get("render_mode")
             self.spaces = [self.env.action_space(name) for name in self.names]
             self.obs_spaces = [self.seen(self.env.observation_space(name)) for name in self.names]
@@ -1040,7 +1041,7 @@ class ParallelEnv(gym.Env):
         self.action_space = gym.spaces.Discrete(A) if self.discrete else gym.spaces.Box(-1, 1, (A,))
         obs_dims = [gym.spaces.flatdim(space) for space in self.obs_spaces]
         self.obs_dim, self.has_state = max(obs_dims), False
-        with named_failures(lambda: f"cannot reset {args.env_id}"):
+        with named_failures(lambda: f"cannot reset {args.env_id}", MISTAKES):
             self.reset(seed=0)
             with contextlib.suppress(NotImplementedError, AttributeError):
                 self.has_state = self.env.state().size != sum(obs_dims)  # most are all observations together
@@ -1108,13 +1109,12 @@ def work_for_team(pipe, *args):
     """A worker process: run ParallelEnvironments(*args) as often as the parent asks for it."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them, too, and finishes its iteration first
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         try:
             environments = ParallelEnvironments(*args)
-            while (seeds := pipe.recv()) is not False:
+            while (seeds := pipe.recv()) is not None:
                 pipe.send(perform(environments, seeds))
             close(*environments.envs)
         except (UserError, RunFailed) as error:
@@ -1168,7 +1168,7 @@ class TeamActors:
     def __exit__(self, *error):
         for _, pipe in self.workers:
             with contextlib.suppress(OSError):  # that worker is dead
-                pipe.send(False)
+                pipe.send(None)
         for process, _ in self.workers:
             process.join(timeout=5)
             process.kill()
@@ -1178,7 +1178,7 @@ class TeamActors:
         """A rollout of the team as it is now. seed, a tuple of integers: begin new episodes first. Raises RunFailed."""
         self.old_team.load_state_dict(team.state_dict())
         self.noise.copy_(team.noise(*self.noise.shape[:2]))
-        seeds = None if seed is None else np.random.SeedSequence(seed).generate_state(self.noise.shape[1]) >> 1
+        seeds = () if seed is None else np.random.SeedSequence(seed).generate_state(self.noise.shape[1]) >> 1
         try:
             for _, pipe in self.workers:
                 pipe.send(seeds)
@@ -1309,9 +1309,8 @@ def save_checkpoint(state, path):
     blob, temporary = io.BytesIO(), path.with_suffix(".pt.tmp")
     torch.save(state, blob)
     try:
-        with open(temporary, "wb") as file:
-            file.write(blob.getbuffer())
-            file.flush()
+        temporary.write_bytes(blob.getbuffer())
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -1325,13 +1324,12 @@ def load_checkpoint(path, env_id=None):
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.save stores checksums, but torch.load ignores them
+        if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
+            raise zipfile.BadZipFile
         state = torch.load(path, weights_only=True, map_location="cpu")
         script, trained_on = state["script"], state["args"]["env_id"]
-    except Exception:
-        damaged = True
-    if damaged:
-        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py")
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     return state
@@ -1351,7 +1349,7 @@ class Run:
 
     def __init__(self, args):
         """Check what can be checked, and read the checkpoint to resume. Writes nothing. Raises UserError."""
-        self.start, self.args = time.time(), args
+        self.start, self.args, self.signal = time.time(), args, None
         check_args(args)
         self.checkpoint = load_checkpoint(args.resume, args.env_id) if args.resume else {}
         resumed = args.resume and (Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent)
@@ -1399,10 +1397,15 @@ class Run:
                 import fcntl
 
                 fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.csv.seek(0)
+            lines = self.csv.readlines() if self.global_step else []
+            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
         except OSError as error:
             busy = isinstance(error, BlockingIOError)
             raise UserError(f"{self.dir}: {'another process is using it' if busy else error.strerror}") from error
-        self.cut_rows()
+        except ValueError as error:
+            raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
+        self.csv.truncate(len("".join(lines[:1] + kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
@@ -1412,22 +1415,12 @@ class Run:
         with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
             shutil.copy(__file__, self.dir)
         self.board = SummaryWriter(self.dir, purge_step=self.global_step + 1 if self.global_step else None)
-        B = args.num_envs * args.num_steps
-        total = self.global_step + math.ceil((self.last_step - self.global_step) / B) * B
         out = sys.stderr if terminal else open(os.devnull, "w")
-        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", file=out)
+        self.bar = tqdm(total=self.last_step, initial=self.global_step, unit=" steps", file=out)
         self.next_line = math.inf if terminal else time.time() + 10
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.handlers = {number: signal.signal(number, self.stop) for number in numbers}
         return self
-
-    def cut_rows(self):
-        """Drop the rows past the checkpoint: they tell of steps that were lost. Raises UserError."""
-        self.csv.seek(0)
-        try:
-            lines = self.csv.readlines() if self.global_step else []
-            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
-        except ValueError as error:
-            raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
-        self.csv.truncate(len("".join(lines[:1] + kept)))
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -1435,7 +1428,7 @@ class Run:
         for key, x in losses.items():
             if not math.isfinite(x) and key != "explained_variance":  # which is nan if all returns are the same
                 raise RunFailed(f"{key} is {x} at step {global_step}")
-        charts = {"SPS": B / iteration_time} | charts
+        charts = {"SPS": B / iteration_time} | self.actors.statistics() | charts
         row = {"global_step": global_step, "wall_time": self.wall_time} | charts | losses
         if not self.csv.tell():
             print(*(key.split("/")[-1].lower() for key in row), sep=",", file=self.csv)
@@ -1444,42 +1437,30 @@ class Run:
             tag = key if "/" in key else f"{'charts' if key in charts else 'losses'}/{key}"
             self.board.add_scalar(tag, x, global_step)
         self.bar.set_postfix_str(f"return {charts['episodic_return']:.1f}", refresh=False)
+        self.bar.total = max(self.bar.total, global_step)  # the last iteration may pass the end
         self.bar.update(global_step - self.bar.n)
         if time.time() > self.next_line:
             print(self.bar, file=sys.stderr, flush=True)
             self.next_line = time.time() + 10
 
-    def __exit__(self, *error):
+    def stop(self, number, frame):
+        """The first SIGINT or SIGTERM ends the run after its iteration; the same again kills."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, kind, error, trace):
         for x in (self.bar, self.board, self.csv):
             x.close()
+        for number, before in self.handlers.items():
+            signal.signal(number, before)
+        if self.signal and isinstance(error, Exception):  # Ctrl-C has also reached a compiler that was at work
+            raise KeyboardInterrupt(self.signal) from error
 
-    def summary(self, global_step, signals):
+    def summary(self, global_step):
         new = min(self.actors.episodes - self.episodes_before, 100)
         returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
         result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
-        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": signals[0] if signals else None}
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a list that receives the number of a SIGINT or SIGTERM, for the loop to look at; a second one kills."""
-    received, before = [], {}
-
-    def handler(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    except Exception as error:
-        if received:  # Ctrl-C has also reached a compiler that this process was waiting for
-            raise KeyboardInterrupt(received[0]) from error
-        raise
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": self.signal}
 
 
 # ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
@@ -1527,7 +1508,7 @@ def run_episodes(args, team, env, folder, name):
     """Returns (K, G) of K episodes of a PettingZoo environment. Raises RunFailed."""
     returns = []
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
-    with named_failures(lambda: f"episode {len(returns)}{hint}"):
+    with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
         if args.capture_video:
             env = ParallelEnv(args, render_mode="rgb_array")
             env = gym.wrappers.RecordVideo(env, str(folder), lambda n: True, name_prefix=name, disable_logger=True)
@@ -1542,12 +1523,12 @@ def run_episodes(args, team, env, folder, name):
     return torch.tensor(np.array(returns))
 
 
-def cli(argv, default=None) -> Args:
+def cli(argv) -> Args:
     """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv, default=default)
+            return tyro.cli(Args, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help
             sys.stdout.flush()
@@ -1572,11 +1553,11 @@ def parse_args(argv=None) -> Args:
     default = {"compile": args.total_timesteps >= 200_000 and compiler is not None}
     default |= SELFPLAY_DEFAULTS if args.algorithm == "selfplay" else {}
     if source := args.evaluate or args.resume:
-        known = vars(args).keys() - PROCESS_ONLY - EVALUATION
-        default = {key: x for key, x in load_checkpoint(source)["args"].items() if key in known}
+        default = load_checkpoint(source)["args"]
         if "algorithm" in given and args.algorithm != default["algorithm"]:
             raise UserError(f"{source} is of --algorithm {default['algorithm']}, not of {args.algorithm}")
-    args = cli(argv, Args(**default))
+    for key in default.keys() & vars(args).keys() - given - PROCESS_ONLY - EVALUATION:
+        setattr(args, key, default[key])
     useless = (  # when, which flags, and what to say of them
         (args.evaluate, given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate"),
         (not args.evaluate, EVALUATION, "goes with --evaluate"),
@@ -1622,26 +1603,24 @@ def main(argv=None) -> int:
         args = parse_args(argv)
         check_args(args)
         result = evaluate(args) if args.evaluate else train(args)
-    except BrokenPipeError:
-        raise
+        if not args.evaluate:
+            run_dir = Path(result["checkpoint"]).parent
+            say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
+            say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
+            say(f"to plot:     tensorboard --logdir {run_dir}")
+            result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
+        print(json.dumps(result), flush=True)
+        return 128 + result["signal"] if result.get("signal") else 0
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, RunFailed, OSError) as error:
         say(error)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as interrupt:
         say("interrupted before the first iteration")
         return 128 + (interrupt.args or [signal.SIGINT])[0]
-    if not args.evaluate:
-        run_dir = Path(result["checkpoint"]).parent
-        say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
-        say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
-        say(f"to plot:     tensorboard --logdir {run_dir}")
-        result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
-    print(json.dumps(result), flush=True)
-    return 128 + result["signal"] if result.get("signal") else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # `| head -1` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(main())

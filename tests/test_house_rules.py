@@ -53,7 +53,7 @@ def test_same_name_same_source():
 
 
 def test_twins_are_compared_at_all():
-    plumbing = {"gae", "RunningMeanStd", "named_failures", "perform", "gradient", "CudaGraph", "Run", "cli", "main"}
+    plumbing = {"gae", "RunningMeanStd", "named_failures", "gradient", "CudaGraph", "Run", "cli", "main"}
     plumbing |= {"accelerated"}
     one_agent = {"Agent", "Environments", "Actors", "make_batch", "evaluate", "work"}
     assert len(TWINS) >= 2
