@@ -217,6 +217,7 @@ def test_environments_are_closed_in_every_process(tmp_path, monkeypatch):
 
 FAILURES = [
     ("Broken-step-raise", "step() raised ZeroDivisionError: a bug (toy_envs.py, line "),
+    ("Broken-step-import", "step() raised ImportError: no module named physics (toy_envs.py, line "),
     ("Broken-step-shape", "step() returned [0. 0. 0.] and 1.0: not finite, or not of shape (1,)"),
     ("Broken-step-short", "step() returned 0.0 and 1.0: not finite, or not of shape (1,)"),
     ("Broken-step-nan", "step() returned [nan] and 1.0: not finite"),

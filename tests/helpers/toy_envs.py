@@ -175,6 +175,8 @@ class Broken(ConstantReward):
     def fail(self):
         if self.way == "raise":
             raise ZeroDivisionError("a bug\nin two lines")
+        if self.way == "import":
+            raise ImportError("no module named physics")
         if self.way == "hang":
             time.sleep(3600)
         return {"shape": np.zeros(3, np.float32), "short": np.zeros(()), "nan": np.array([np.nan], np.float32)}[
@@ -223,5 +225,5 @@ for cls in list(globals().values()):
 
 for call, way in [("__init__", "raise"), ("reset", "raise"), ("reset", "nan"), ("reset", "shape")]:
     gym.register(f"Broken-{call}-{way}-v0", entry_point=Broken, kwargs={"call": call, "way": way})
-for way in ("raise", "shape", "short", "nan", "hang"):
+for way in ("raise", "import", "shape", "short", "nan", "hang"):
     gym.register(f"Broken-step-{way}-v0", entry_point=Broken, kwargs={"way": way})
