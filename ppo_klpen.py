@@ -611,11 +611,12 @@ class Actors:
             if answer is not None:
                 raise RunFailed(answer)
         self.running *= seed is None
-        for reward, done in zip(self.rollout["reward"].numpy(), self.rollout["done"].numpy() > 0):  # (N,), (N,)
-            self.running += np.stack([reward, np.ones(len(reward))])
-            self.last.extend(map(tuple, self.running[:, done].T.tolist()))
-            self.episodes += int(done.sum())
-            self.running[:, done] = 0
+        for reward, done in zip(self.rollout["reward"].numpy(), self.rollout["done"].numpy()):  # (N,), (N,)
+            self.running[0] += reward
+            self.running[1] += 1
+            for i in np.flatnonzero(done):
+                self.last.append(tuple(self.running[:, i].tolist()))
+                self.episodes, self.running[:, i] = self.episodes + 1, 0
         return self.rollout
 
     def statistics(self):
