@@ -220,10 +220,10 @@ def test_no_sync_inside_an_epoch(name, mode, tmp_path, monkeypatch):
         def __call__(self):
             torch.cuda.set_sync_debug_mode("error" if self.calls else "default")
             try:
-                super().__call__()
+                return super().__call__()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            replays.append(self.calls)
+                replays.append(self.calls)
 
     monkeypatch.setattr(script, "CudaGraph", Strict)
     script.train(script.parse_args([*SMALL, *FLAGS[name], mode, "--cuda", "--run-dir", str(tmp_path)]))
