@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 import statistics
 
 import pytest
@@ -59,6 +60,9 @@ def test_the_speeds_are_the_stored_ones(group):
         if (name := name.replace(" (`--num-workers 0`)", "")) in stored:
             sps = [run["sps"] for run in stored[name]]
             assert cells[:2] == [f"{statistics.median(sps):.0f}", f"{min(sps):.0f}-{max(sps):.0f}"], name
+            if "startup_s" in stored[name][0]:
+                other = [statistics.median(run[key] for run in stored[name]) for key in ("startup_s", "memory_mb")]
+                assert cells[-2:] == [f"{x:.0f}" for x in other], name
             rows += 1
     assert rows >= 3
 
@@ -82,6 +86,20 @@ def test_every_flag_in_a_command_exists(name):
     for line in re.findall(rf"^.*python {name}\.py.*$", (ALL + source).replace("\\\n", " "), flags=re.M):
         for flag in re.findall(r"--([a-z][a-z-]+)", line.split("#")[0].split(" -- ")[0]):
             assert flag.removeprefix("no-").replace("-", "_") in fields, line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_command_that_starts_a_run_is_accepted(name, monkeypatch):
+    """All but those that need a run to go on from, or a GPU. tests/test_contract.py and test_pbt.py have those."""
+    monkeypatch.chdir(ROOT)
+    script, commands = importlib.import_module(name), 0
+    text = re.sub(r"\\+\n", " ", ALL + (ROOT / f"{name}.py").read_text())
+    for line in re.findall(rf"^ *(?:uv run|python) {name}\.py (.*)$", text, flags=re.M):
+        argv = shlex.split(line, comments=True)
+        if not {"--resume", "--evaluate", "--replay", "--cuda", "..."} & {*argv}:
+            script.check_args(script.parse_args([x.replace("my_module:MyEnv-v0", "CartPole-v1") for x in argv]))
+            commands += 1
+    assert commands >= (1 if name == "pbt_launcher" else 3)
 
 
 def test_every_file_and_anchor_it_names_exists():
