@@ -412,6 +412,7 @@ SELFPLAY = {  # rows of the table: how seed 101 was trained, and its name in sel
     "both: no windows and the former flags": "default_before_windows",
     "both, `--hidden-size 256`, 6M moves": "w256_6M",
     "without random openings": "w32_noopening",
+    "with `--hidden-size 256`": "w64_hidden256",
     "with `--ent-final 1`": "w32_g80_l80_e15const",
     "with `--ent-coef 0.05 --ent-final 1`": "w32_g80_l80_e05",
     "with `--num-minibatches 64`": "w32_g80_l80_e15_mb64",
