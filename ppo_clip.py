@@ -40,7 +40,8 @@ What the paper does not mention, and what all results depend on (Engstrom et al.
     python ppo_clip.py --evaluate runs/Hopper-v4__ppo_clip__1__DATE     # without noise; prints one line of JSON
     python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # Discrete actions work, too
 
-Expect after 1M steps: Hopper-v4 1000-3200, Walker2d-v4 1700-4400, HalfCheetah-v4 900-4200; CartPole-v1 500 at 200k.
+Expect after 1M steps, of ten seeds: Hopper-v4 1000-3000, Walker2d-v4 1300-4200, HalfCheetah-v4 1500-2700;
+CartPole-v1 500 at 200 000 steps.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
 A actions (Discrete) or action dimensions (Box), P numbers that describe the policy in one state.

@@ -65,7 +65,7 @@ Departures from the paper:
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on, bit for bit
     python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__DATE    # prints one line of JSON
 
-Expect after 1M steps, of ten seeds: Hopper-v4 2100-3500, Walker2d-v4 1700-4100, HalfCheetah-v4 1600-5100.
+Expect after 1M steps, of ten seeds: Hopper-v4 2100-3500, Walker2d-v4 1700-4100, HalfCheetah-v4 1600-5200.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
 A action dimensions, P = 2A numbers that describe the policy in one state, K numbers in theta, the policy's parameters.
