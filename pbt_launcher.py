@@ -32,7 +32,7 @@ these lines. So --resume goes on after any kind of death and, with --mode sync, 
 A population of 8 in 2 slots takes about four times as long as two runs side by side. How to read its result: the best
 score is the highest of many noisy ones, so it is biased upwards; evaluate best.pt on fresh episodes. And a winner may
 have had a good schedule or just luck: --replay trains its schedule again, with other seeds. lineage.png shows who
-copied whom, and what everybody tried.
+copied whom, schedule.png what everybody tried.
 """
 
 import contextlib
@@ -703,44 +703,62 @@ def ray_slots(args):
     return [RaySlot(args) for _ in range(args.slots)]
 
 
-# ==== Figure ==========================================================================================================
+# ==== Figures =========================================================================================================
+
+
+def save(figure, axis, path, key):
+    """key: {label: style} of the legend."""
+    for label, style in key.items():
+        axis.plot([], [], label=label, **style)
+    axis.set(xlabel="environment steps")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def draw(population):
-    """lineage.png: who copied whom, and below it what everybody tried, coloured by score. The legs that led to the best
-    score are thick; --replay trains what they did."""
+    """lineage.png: who copied whom, and with what score. schedule.png: the hyperparameters of all members. In both, the
+    legs that led to the best score stand out; --replay trains what they did."""
     import matplotlib.pyplot as plt  # here, because it is slow to import
 
     plt.switch_backend("Agg")
     plt.close("all")
-    legs, winner, searched = population.legs, population.lineage(population.best), population.hyperparameters
+    legs, winner, searched = population.legs, set(population.lineage(population.best)), population.hyperparameters
+    begin = {name: legs[leg["source"]]["step"] if leg["source"] else 0 for name, leg in legs.items()}
     scores = [leg["score"] for leg in legs.values() if is_score(leg["score"])]
     colours = plt.cm.ScalarMappable(plt.Normalize(min(scores), max(scores)), "viridis")
-    heights = [0.4 * len(population.members) + 1, *(1.8 for _ in searched)]  # inches
-    layout = {"height_ratios": heights, "figsize": (10, sum(heights)), "sharex": True, "layout": "constrained"}
-    figure, axes = plt.subplots(len(heights), squeeze=False, **layout)
-    top, *below = axes[:, 0]
+
+    figure, axis = plt.subplots(figsize=(10, 0.45 * len(population.members) + 2), layout="constrained")
     for name, leg in legs.items():
-        source = legs.get(leg["source"], {"step": 0, "member": leg["member"]})
-        row, steps = leg["member"], (source["step"], leg["step"])
-        style = {"color": colours.to_rgba(leg["score"]) if is_score(leg["score"]) else "0.8", "solid_capstyle": "butt"}
-        style |= {"lw": 6, "zorder": 3} if name in winner else {"lw": 2}
-        top.plot(steps, (row, row), **style)
-        if source["member"] != row:
-            arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.1", "shrinkA": 0, "shrinkB": 0}
-            arrow["color"] = "C3" if name in winner else "0.5"
-            top.annotate("", xy=(steps[0], row), xytext=(steps[0], source["member"]), arrowprops=arrow)
-        for h, axis in zip(searched, below, strict=True):
+        row, donor = leg["member"], legs[leg["source"]]["member"] if leg["source"] else leg["member"]
+        colour = colours.to_rgba(leg["score"]) if is_score(leg["score"]) else "0.8"
+        style = {"color": colour, "lw": 9 if name in winner else 3, "solid_capstyle": "butt"}
+        axis.plot([begin[name], leg["step"]], [row, row], **style)
+        if donor != row:
+            arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "shrinkA": 0, "shrinkB": 0}
+            arrow |= {"color": "C3" if name in winner else "0.5"}
+            axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=arrow)
+    axis.set(title="Who copied whom", ylabel="member", yticks=sorted(population.members))
+    figure.colorbar(colours, ax=axis, label="score of the leg")
+    key = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
+    key["copy, from donor to member (red: on that way)"] = {"color": "0.5", "marker": ">"}
+    save(figure, axis, population.folder / "lineage.png", key)
+    if not searched:
+        return
+
+    size = (10, 2.2 * len(searched) + 1)
+    figure, axes = plt.subplots(len(searched), figsize=size, squeeze=False, sharex=True, layout="constrained")
+    thick, thin = {"color": "C3", "lw": 3, "zorder": 3}, {"color": "0.6", "lw": 1}
+    for h, axis in zip(searched, axes[:, 0], strict=True):
+        for name, leg in legs.items():
             x = leg["hyper"][h.name]
-            axis.plot(steps, [h.choices.index(x) if h.kind == "cat" else h.flip(x)] * 2, **style)
-    top.set(title="Who copied whom (thick: the way to the best score)", ylabel="member", yticks=[*population.members])
-    for h, axis in zip(searched, below, strict=True):
+            y = h.choices.index(x) if h.kind == "cat" else h.flip(x)
+            axis.plot([begin[name], leg["step"]], [y, y], **(thick if name in winner else thin))
         axis.set(ylabel=h.name if h.flip(0) == 0 else f"1 - {h.name}", yscale="log" if h.kind == "log" else "linear")
         if h.kind == "cat":
             axis.set_yticks(range(len(h.choices)), h.choices)
-    axes[-1, 0].set(xlabel="environment steps")
-    figure.colorbar(colours, ax=axes, label="score of the leg")
-    figure.savefig(population.folder / "lineage.png", dpi=110)
+    axes[0, 0].set(title="Hyperparameters over time")
+    key = {"the way to the best score": thick, "other legs": thin}
+    save(figure, axes[-1, 0], population.folder / "schedule.png", key)
 
 
 # ==== Plumbing: errors, signals, arguments, entry =====================================================================
