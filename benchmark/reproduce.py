@@ -318,8 +318,9 @@ class Run:
         return int(rows[-1]["global_step"]) if rows else 0
 
 
-def reproduce(name, study, workers, results, folder):
-    """Run what is missing of a study, `workers` at a time. Returns the number of runs that failed."""
+def reproduce(name, study, workers, results, folder, stop=()):
+    """Run what is missing of a study, `workers` at a time. Returns the number of runs that failed. As soon as there is
+    something in `stop`, it stops its runs, each with a checkpoint, and returns."""
     for run in study.runs():
         rows = (run[0].name, *run[1:]) not in read(name, results) and stored_elsewhere(name, results, *run, study.steps)
         if rows:
@@ -331,7 +332,7 @@ def reproduce(name, study, workers, results, folder):
     bar.update(sum(run.step() for run in todo))
     finished = 0
     try:
-        while todo or running:
+        while (todo or running) and not stop:
             while todo and len(running) < workers:
                 running.append(todo.pop(0))
                 running[-1].start()
@@ -440,7 +441,6 @@ def main():
             hours = runs * study.steps / STEPS_PER_SECOND / 3600
             print(f"{name:16}{study.what}: {runs} runs of {study.steps} steps, some {hours:.1f} core hours")
         return 0
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: the runs are stopped, too
     if args.study == "pbt":
         for env in args.envs or ("Hopper-v4", "Walker2d-v4"):
             populations(env, args.steps or 1_000_000, args.seeds or 5, args.workers, args.results, args.run_dir / "pbt")
@@ -449,7 +449,11 @@ def main():
     study = dataclasses.replace(STUDIES[args.study], **{key: x for key, x in given.items() if x is not None})
     if args.fresh:
         return evaluate(args.study, study, args.results, args.run_dir)
-    return 1 if reproduce(args.study, study, args.workers, args.results, args.run_dir) else 0
+    stop = []  # NOTE: a handler that raised could do so while a run is being started, and leave it behind
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    failed = reproduce(args.study, study, args.workers, args.results, args.run_dir, stop)
+    return 128 + stop[0] if stop else min(failed, 1)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,21 @@ def test_a_stopped_grid_goes_on_without_repeating_finished_runs(tmp_path):
     assert all(len(rows) == 10 for rows in stored.values())
 
 
+def test_a_signal_that_comes_while_a_run_is_started_leaves_none_behind(tmp_path, monkeypatch):
+    stop, start, started = [], reproduce.Run.start, []
+
+    def start_and_signal(run):
+        start(run)
+        started.append(run.process)
+        stop.append(signal.SIGTERM)
+
+    monkeypatch.setattr(reproduce.Run, "start", start_and_signal)
+    study = dataclasses.replace(reproduce.STUDIES["cartpole"], seeds=3, steps=4_000_000)
+    assert reproduce.reproduce("cartpole", study, 2, tmp_path / "results", tmp_path / "runs", stop) == 0
+    assert started and all(process.poll() is not None for process in started)
+    assert not reproduce.read("cartpole", tmp_path / "results")
+
+
 def test_a_run_that_another_study_has_is_copied(tmp_path):
     """TRPO with default flags stands in two studies; a row that no run could give shows where it came from."""
     other = next(s for s in reproduce.STUDIES["figure3"].settings if s.script == "trpo_continuous.py")
