@@ -116,6 +116,17 @@ def test_every_file_and_anchor_it_names_exists():
                 assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], target
 
 
+def test_a_trained_policy_in_ones_own_code(tmp_path):
+    """The page's Python, with a run of our own."""
+    script = importlib.import_module("ppo_clip")
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "256", "--num-envs", "4", "--num-steps", "64"]
+    script.train(script.parse_args([*flags, "--num-workers", "0", "--run-dir", str(tmp_path / "run")]))
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT["runs.md"], flags=re.S)
+    names = {}
+    exec(code.replace("runs/walker", str(tmp_path / "run")), names)
+    assert names["obs"].shape == (3,) and -17 < names["reward"] <= 0 and names["action"].shape == (1, 1)
+
+
 def edits():
     """Each diff block of the page about copies: [(old line, new lines), ...]."""
     for block in re.findall(r"```diff\n(.*?)```", TEXT["changing-a-copy.md"], flags=re.S):
