@@ -2,12 +2,14 @@
 
 import csv
 import importlib
+import itertools
 import json
 import re
 import statistics
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -109,6 +111,9 @@ def test_the_gpu_table():
     ours, sb3 = note(r"--num-steps 32 --compile +(\d+) steps/s"), note(r"--num-steps 32 --device cpu +(\d+) steps/s")
     cuda = note(r"--num-steps 32 --device cuda +(\d+) steps/s")
     cpu = note(r"--no-cuda --num-envs 64 .* (\d+) steps/s")
+    parts = re.search(r"an iteration of ([\d.]+) ms: collect ([\d.]+), epochs ([\d.]+)", notes).groups()
+    whole, collecting, updating = (f"{float(x):.0f}" for x in parts)
+    assert f"{whole} ms an iteration: {collecting} collecting, {updating} updating" in text
     assert f"the same with `--no-cuda` | {cpu:,.0f} |".replace(",", " ") in text
     spaced = [f"{x:,.0f}".replace(",", " ") for x in (ours, sb3)]
     assert f"--num-envs 64 --num-steps 32` | {spaced[0]} | alone on the machine;" in text
@@ -242,6 +247,40 @@ def test_mirror_images():
     row = next(row for row in stored("selfplay_study") if row["variant"] == "nomirror")
     low, high = (100 * row["one_ply"][kind]["mirrored"] for kind in ("own", "random"))
     assert f"mirrored move, {low:.0f}-{high:.0f} % of which do without them" in page("multiagent.md")
+
+
+def spread_returns(policy, N=2000):
+    """Returns (N,) of one episode each on the built-in simple_spread, summed over agents."""
+    import ppo_multiagent as ma
+
+    world, rng = ma.SimpleSpread(N, torch.device("cpu")), torch.Generator().manual_seed(0)
+    world.reset(rng)
+    total = torch.zeros(N)
+    for t in range(world.length):
+        _, _, reward, _, over = world.step(t, policy(world, rng), world.noise(1, rng)[0])
+        total += reward.sum(-1)
+    assert over.all()
+    return total
+
+
+def test_random_and_greedy_play():
+    """Greedy: each agent goes straight to its landmark in the best assignment of the three."""
+    permutations = torch.tensor(list(itertools.permutations(range(3))))  # (6, 3)
+
+    def greedy(world, rng):
+        offset = world.landmark[:, None] - world.position[:, :, None]  # (N, agent, landmark, 2)
+        distance = offset.norm(dim=-1)
+        costs = distance[:, torch.arange(3), permutations].sum(-1)  # (N, 6)
+        goal = permutations[costs.argmin(-1)]  # (N, 3)
+        way = offset.gather(2, goal[:, :, None, None].expand(-1, -1, 1, 2))[:, :, 0] - 0.5 * world.velocity
+        axis = way.abs().argmax(-1)
+        sign = way.gather(-1, axis[..., None])[..., 0] > 0
+        return torch.where(way.norm(dim=-1) < 0.05, 0, 1 + 2 * axis + sign)  # nothing, left, right, down, up
+
+    dice = spread_returns(lambda world, rng: torch.randint(5, (world.num_envs, 3), generator=rng)).mean()
+    script = spread_returns(greedy).mean()
+    assert "On simple_spread random play gets -80," in page("ppo_multiagent.md") and dice == pytest.approx(-80, abs=1.5)
+    assert "a scripted greedy player -26.5" in page("ppo_multiagent.md") and script == pytest.approx(-26.5, abs=0.3)
 
 
 def test_conversions_of_simple_spread():
