@@ -352,6 +352,24 @@ def test_a_standard_deviation_that_depends_on_the_state_needs_no_other_change(mo
     assert not torch.equal(vector(agent), old)
 
 
+def test_the_report_of_a_step():
+    """Each number from its definition."""
+    agent, theta, data = make_policy()
+    args = trpo.Args(max_kl=0.01)
+    old, g, x, residual = trpo.natural_gradient(agent, theta, data, args)
+    report, moved = update(agent, data), vector(agent) - theta
+    surrogate, kl = surrogate_and_kl(agent, data)
+    expected = {
+        "cg_residual": residual.norm() / g.norm(), "gradient_norm": g.norm(), "step_norm": moved.norm(),
+        "expected_improvement": g @ moved, "improvement": surrogate - old, "kl": kl.mean(), "kl_max": kl.max(),
+        "improvement_ratio": (surrogate - old) / (g @ moved), "beta": 1.0,
+        "beta_star": (x @ (g - residual) / 0.02).sqrt(),
+    }  # fmt: skip
+    for key, value in expected.items():
+        assert report[key] == pytest.approx(float(value), rel=1e-3), key
+    assert {*expected, "line_search_step"} == {*report} and 0 < report["cg_residual"] < 1
+
+
 def test_two_looks_scale_a_step_to_the_largest_kl():
     """For a KL that is not quite quadratic. The second look repairs most of what the first one got wrong; each of them
     evaluates the policy on the whole batch, so there is no third."""
