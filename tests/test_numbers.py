@@ -168,13 +168,10 @@ def test_differences_to_the_baselines():
     ppo = [difference("ppo_clip.py", "Stable-Baselines3 PPO", env) for env in envs]
     trpo = [difference("trpo_continuous.py", "sb3-contrib TRPO", env) for env in envs]
     less = [f"{abs(x):.0f} ± {error:.0f}" for x, error in ppo + trpo]
-    text = f"ppo_clip.py gets {less[0]} less than Stable-Baselines3's PPO on Hopper, {less[1]} less on Walker2d, and as"
-    text += (
-        f" much on HalfCheetah; trpo_continuous.py {less[3]} more than sb3-contrib's TRPO on Hopper, {less[4]} less on"
-    )
-    assert f"{text} Walker2d, and {less[5]} more on HalfCheetah." in page("results.md")
-    assert [x > 0 for x, _ in ppo[:2] + trpo] == [False, False, True, False, True]
-    assert abs(ppo[2][0]) < ppo[2][1]
+    text = f"ppo_clip.py gets {less[0]} less than Stable-Baselines3's PPO on Hopper, {less[1]} less on Walker2d, and"
+    text += f" {less[2]} less on HalfCheetah; trpo_continuous.py {less[3]} more than sb3-contrib's TRPO on Hopper,"
+    assert f"{text} {less[4]} less on Walker2d, and {less[5]} more on HalfCheetah." in page("results.md")
+    assert [x > 0 for x, _ in ppo + trpo] == [False, False, False, True, False, True]
     worst = max(abs(x) / error for x, error in ppo)
     assert f"within {worst:.1f} standard errors on each of three environments" in page("ppo_clip.md")
 
