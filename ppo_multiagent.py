@@ -1022,7 +1022,7 @@ class ParallelEnv(gym.Env):
                 quiet_mujoco()
             try:
                 self.env = make(**json.loads(args.env_kwargs), **kwargs)
-            except (TypeError, AssertionError, ValueError) as error:  # no JSON object, or refused by the environment
+            except (TypeError, AssertionError, ValueError) as error:  # as environments refuse arguments
                 if args.env_kwargs == "{}":
                     raise
                 raise UserError(first_line(error)) from error
@@ -1584,6 +1584,10 @@ def check_args(args):
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
     moves = (GAMES[args.env_id].max_plies + 1) // 2 if args.env_id in GAMES else 0
+    try:
+        is_object = isinstance(json.loads(args.env_kwargs), dict)
+    except ValueError:
+        is_object = False
     rules = {
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
         "--norm-adv needs minibatches of at least 2 samples": not args.norm_adv or batch > args.num_minibatches,
@@ -1591,6 +1595,7 @@ def check_args(args):
         f"--algorithm selfplay plays {games}; {args.env_id} is for mappo and ippo": not game or args.env_id in GAMES,
         f"{args.env_id} is a game for --algorithm selfplay": game or args.env_id not in GAMES,
         f"--num-steps must be at least {moves}, or a game could outlive its opponent": args.num_steps >= moves,
+        f"--env-kwargs {args.env_kwargs} is not a JSON object": is_object,
         "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
     }
     for message, holds in rules.items():
