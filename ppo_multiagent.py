@@ -133,10 +133,9 @@ class Args:
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    latest_prob: float = 0.5  # selfplay: the share of boards where the opponent is the present policy, not a snapshot
+    latest_prob: float = 0.5  # selfplay: the share of opponents that are the present policy, not a snapshot of it
     opening_plies: int = 0  # selfplay: half of the games begin after up to this many random plies
-    snapshot_every: int = 10  # selfplay: iterations between snapshots; doubles whenever the pool is full
-    pool_size: int = 32  # selfplay: the most snapshots that are kept, always spread evenly over the run
+    pool_size: int = 32  # selfplay: snapshots of the whole run, spread evenly over it
 
 
 SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: small gamma and lambda tie it to the moves just before
@@ -159,7 +158,7 @@ SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: small gamma and
 #     legal  (N, G, A)  the actions that exist for an agent, and are allowed now
 #     alive  (N, G)     who takes part: in some worlds agents leave before the others
 # A built-in world has view(), reset(generator), noise(T), the random numbers of T steps, and
-#     step(t, action, noise) -> view, successor, reward (N, G), terminated (N, G), over (N,)
+#     step(action, noise) -> view, successor, reward (N, G), terminated (N, G), over (N,)
 # `over` says where an episode has ended. There `view` is already the next episode's, `successor` what was seen last.
 # Nothing in a step moves in memory, depends on a number in Python or waits for the device, so that a CUDA graph can
 # hold T of them.
@@ -199,8 +198,8 @@ class RunningMeanStd(nn.Module):
 class StackedMLP(nn.Module):
     """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
     P = 1: the same network for each of the G agents; P = G: one network each.
-    windows (W, K), where a world has some, are sets of K inputs that mean the same at W places. Then the first layer, a
-    quarter as wide, looks through each of them with the same weights: what is learned at one place is known at all."""
+    windows (W, K), where a world has some, are sets of K inputs that mean the same at W places. The first layer, an
+    eighth as wide, then looks through each of them with the same weights: what is learned at one is known at all."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
@@ -208,7 +207,7 @@ class StackedMLP(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         ins, outs = [inputs, hidden, hidden], [hidden, hidden, outputs]
         if windows is not None:
-            (W, K), narrow = windows.shape, math.ceil(hidden / 4)
+            (W, K), narrow = windows.shape, math.ceil(hidden / 8)
             ins[:2], outs[0] = (K, W * narrow), narrow
         for n_in, n_out, gain in zip(ins, outs, (math.sqrt(2), math.sqrt(2), output_gain)):
             self.weights.append(torch.empty(P, n_in, n_out))
@@ -385,7 +384,7 @@ class BuiltInEnvironments:
         rollout, view = self.rollout, self.world.view()
         for t, (noise, world_noise) in enumerate(zip(self.noise, self.world_noise)):
             action = self.old_team.act(view["obs"], view["legal"], noise)
-            next_view, successor, reward, terminated, over = self.world.step(t, action, world_noise)
+            next_view, successor, reward, terminated, over = self.world.step(action, world_noise)
             now = view | {f"next_{key}": x for key, x in successor.items()}
             now |= {"action": action, "reward": reward, "terminated": terminated, "over": over}
             for key, x in rollout.items():
@@ -605,10 +604,10 @@ def train(args: Args) -> dict:
             if pool:
                 if global_step // B % pool.every == 0:
                     pool.add(team, world.game, global_step)
-                world.deal(pool.draw(world.HAND))
+                world.deal(pool.draw(team, world.HAND))
 
             # ---- collect: run the old policies for T steps in N environments -----------------------------------------
-            rollout = actors.collect(team, seed=(args.seed, global_step) if cut else None)
+            rollout = actors.collect(team, seed=(args.seed, global_step) if cut or pool else None)
 
             # ---- estimate advantages ---------------------------------------------------------------------------------
             # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
@@ -650,9 +649,9 @@ def train(args: Args) -> dict:
 # But a policy that only knows its present self may run in circles: what beats today's policy may lose to last week's.
 # So some of the boards are played against snapshots of the past.
 #
-# The learner sees a world with one agent: a step is its move and the reply. Which board has which opponent is fixed,
-# so that many networks play as one product of stacked matrices: the first boards belong to the present policy, the
-# others in turn to the snapshots of a hand that is dealt anew in every iteration.
+# The learner sees a world with one agent: a step is its move and the reply. In every iteration a hand of opponents is
+# dealt anew, and all games begin anew. Each opponent has boards of its own, the same number, so that all of them move
+# by one product of stacked matrices.
 
 
 class SelfPlay:
@@ -660,28 +659,19 @@ class SelfPlay:
     reward is 1 for a win, -1 for a loss, and may come from the opponent's ply. Whoever lost begins the next game; after
     a draw the same side begins again. So no ply is ever passed, and the side that is behind gets the easier seat."""
 
-    num_agents, HAND = 1, 4  # snapshots that are met in one iteration
+    num_agents, HAND = 1, 8  # opponents that are met in one iteration
 
     def __init__(self, game, args):
         self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
         self.windows = getattr(game, "windows", None)
         self.action_space = gym.spaces.Discrete(game.num_actions)
-        N, device = game.num_envs, game.device
         self.opening_plies = args.opening_plies
-        self.present = N - int(N * (1 - args.latest_prob)) // self.HAND * self.HAND  # boards without a snapshot: first
-        # A hand is HAND actors, stacked. A game keeps its opponent until it ends, and a new iteration may begin
-        # meanwhile: then the former hand goes on with it. `begun`: games that began with the present hand.
-        self.hand, self.former = (
-            StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0, self.windows).to(device)
-            for _ in range(2)
-        )
-        self.begun = torch.ones(N - self.present, dtype=torch.bool, device=device)
+        self.hand = StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0, self.windows)
+        self.hand.to(game.device)
 
     def deal(self, actors):
-        """A new hand: HAND actors' parameters, as Pool.draw returns them."""
-        self.former.load_state_dict(self.hand.state_dict())
+        """Seat other opponents: HAND actors' parameters, as Pool.draw returns them."""
         self.hand.load_state_dict({name: torch.cat([actor[name] for actor in actors]) for name in actors[0]})
-        self.begun.zero_()
         if self.opening_plies:
             self.new_openings()
 
@@ -700,7 +690,6 @@ class SelfPlay:
 
     def reset(self, generator):
         self.game.restart(torch.ones(self.game.num_envs, dtype=torch.bool, device=self.game.device))
-        self.begun.fill_(True)
 
     def noise(self, T):
         return gumbel(T, self.game.num_envs, self.action_space.n)  # for the opponents' moves
@@ -709,57 +698,47 @@ class SelfPlay:
         obs, legal = self.game.view()
         return {"obs": obs[:, None], "state": obs, "legal": legal[:, None], "alive": torch.ones_like(obs[:, :1])}
 
-    def step(self, t, action, noise):
+    def step(self, action, noise):
         won, over = self.game.play(action[:, 0])  # (N,) each
-        self.restart(over)  # the opponent has lost, and begins; elsewhere it replies
-        lost, ended = self.game.play(self.opponents_move(t, noise))
-        self.restart(ended)
+        self.game.restart(over)  # the opponent has lost, and begins; elsewhere it replies
+        lost, ended = self.game.play(self.opponents_move(noise))
+        self.game.restart(ended)
         view, over = self.view(), (over | ended).float()
         return view, view, (won - lost)[:, None], over[:, None], over
 
-    def restart(self, where):
-        self.game.restart(where)
-        self.begun.logical_or_(where[self.present :])
-
-    def opponents_move(self, t, noise):
-        (obs, legal), n = self.game.view(), self.present
-        move = self.team.act(obs[:n, None], legal[:n, None], noise[:n, None])[:, 0]
-        if n == len(obs):
-            return move
-        x = obs[n:].view(-1, self.HAND, self.obs_dim)  # the hand's boards in turn: n is that of snapshot n % HAND
-        logits = self.hand(x)
-        if t < (self.game.max_plies + 1) // 2:  # no game is longer, so later all have begun in this iteration
-            logits = torch.where(self.begun.view(-1, self.HAND, 1), logits, self.former(x))
-        logits = logits.flatten(0, 1).masked_fill(~legal[n:], -1e8)
-        return torch.cat([move, (logits + noise[n:]).argmax(-1)])
+    def opponents_move(self, noise):
+        obs, legal = self.game.view()
+        logits = self.hand(obs.view(-1, self.HAND, self.obs_dim))  # board n belongs to opponent n % HAND
+        return (logits.flatten(0, 1).masked_fill(~legal, -1e8) + noise).argmax(-1)
 
 
 class Pool:
-    """Snapshots of the actor, spread evenly over the run so far; a part of the checkpoint."""
+    """Snapshots of the actor, at equal distances; a part of the checkpoint."""
 
     def __init__(self, args):
-        self.every, self.size, self.snapshots = args.snapshot_every, args.pool_size, []
-        self.strength = {"selfplay/score_random": math.nan, "selfplay/score_middle": math.nan}
+        iterations = args.total_timesteps / (args.num_envs * args.num_steps)
+        self.every, self.latest_prob = math.ceil(iterations / args.pool_size), args.latest_prob
+        self.snapshots, self.strength = [], {"selfplay/score_random": math.nan, "selfplay/score_middle": math.nan}
 
     def adapted(self):
-        return {"snapshot_every": self.every, "snapshots": self.snapshots, "strength": self.strength}
+        return {"snapshots": self.snapshots, "strength": self.strength}
 
     def restore(self, run):
-        stored, self.every = run.checkpoint.get("adapted", {}), run.adapted("snapshot_every", "snapshot_every")
+        stored = run.checkpoint.get("adapted", {})
         self.snapshots, self.strength = stored.get("snapshots", []), stored.get("strength", self.strength)
 
     def add(self, team, game, global_step):
-        """Measure the team, then add it. From a full pool every second snapshot goes, so that the rest is even."""
+        """Measure the team, then add it."""
         self.measure(team, game, torch.Generator().manual_seed(global_step))
         actor = {key: x.cpu().clone() for key, x in team.actor.state_dict().items()}
         self.snapshots.append({"global_step": global_step, "actor": actor})
-        if len(self.snapshots) > self.size:
-            del self.snapshots[1::2]  # the first stays
-            self.every *= 2
 
-    def draw(self, n):
-        """The actors of n snapshots, each as likely as any other, with replacement."""
-        return [self.snapshots[i]["actor"] for i in torch.randint(len(self.snapshots), (n,)).tolist()]
+    def draw(self, team, n):
+        """The actors of n opponents: a share latest_prob are the team's, the others are snapshots, each as likely."""
+        present = round(n * self.latest_prob)
+        chosen = torch.randint(len(self.snapshots), (n - present,)).tolist()
+        now = {key: x.cpu() for key, x in team.actor.state_dict().items()}
+        return [now] * present + [self.snapshots[i]["actor"] for i in chosen]
 
     def measure(self, team, game, generator):
         """Score against random play and the snapshot in the middle of the run. Not against the training mixture: that
@@ -851,7 +830,7 @@ class SimpleSpread:
         obs = nn.functional.pad(torch.cat(seen, -1), (0, 4))  # what others say; nobody speaks in this scenario
         return {"obs": obs, "state": obs.flatten(1), "legal": self.always, "alive": self.always[..., 0]}
 
-    def step(self, t, action, noise):  # (N, 3): nothing, left, right, down, up
+    def step(self, action, noise):  # (N, 3): nothing, left, right, down, up
         apart = self.position[:, :, None] - self.position[:, None]  # (N, 3, 3, 2)
         distance = apart.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         penetration = 1e-3 * nn.functional.softplus((0.3 - distance) / 1e-3)  # two radii of 0.15
@@ -875,11 +854,18 @@ class ConnectFour:
 
     A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
     whatever they learn on one side they know on the other; half of all positions need not be learned at all.
-    The windows are the 12 squares of 4 x 4 cells: each of the 69 lines lies in at least one of them.
+    The windows are the 69 lines of four cells. Three stones in a line and a fourth that can fall there mean the same
+    wherever the line lies, and in whichever direction.
     """
 
     obs_dim, num_actions, max_plies = 126, 7, 42
-    windows = torch.arange(126).view(3, 7, 6).unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4).reshape(12, 48)
+    windows = torch.tensor([
+        [42 * plane + 6 * (column + right * i) + row + up * i for plane in range(3) for i in range(4)]
+        for right, up in ((0, 1), (1, 0), (1, 1), (1, -1))
+        for column in range(7 - 3 * right)
+        for row in range(6)
+        if 0 <= row + 3 * up < 6
+    ])  # fmt: skip
 
     def __init__(self, num_envs, device):
         self.num_envs, self.device = num_envs, device
@@ -1144,8 +1130,6 @@ class TeamActors:
         device = torch.device("cuda" if args.cuda else "cpu")
         self.old_team, self.noise = self.old_team.to(device), self.noise.to(device)
         self.rollout = {key: x.to(device) for key, x in self.rollout.items()}
-        if isinstance(world, SelfPlay):
-            world.team = self.old_team  # the present policy is an opponent, too
         world_noise = world.noise(T).to(device)
         self.parts = [(args, world, self.old_team, self.noise, world_noise, self.rollout)]
         self.kind = BuiltInEnvironments
@@ -1497,7 +1481,7 @@ def evaluate(args) -> dict:
         view, returns, over = world.view(), 0.0, torch.zeros(1)
         while not over.any():  # they all end together
             action = team.act(view["obs"], view["legal"], 0.0)
-            view, _, reward, _, over = world.step(0, action, world.noise(1)[0])
+            view, _, reward, _, over = world.step(action, world.noise(1)[0])
             returns = returns + reward
     total = returns.sum(-1)
     result = {"mean": total.mean().item(), "std": total.std(correction=0).item(), "returns": total.tolist()}
@@ -1540,7 +1524,7 @@ def cli(argv) -> Args:
 
 PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
 EVALUATION = {"evaluate", "eval_episodes", "capture_video"}
-SELFPLAY = {"latest_prob", "opening_plies", "snapshot_every", "pool_size"}
+SELFPLAY = {"latest_prob", "opening_plies", "pool_size"}
 TEAMS = {"share_params", "team_reward", "norm_obs", "critic_input"}  # nothing of this is left to choose in self-play
 
 
@@ -1583,7 +1567,6 @@ def check_args(args):
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
-    moves = (GAMES[args.env_id].max_plies + 1) // 2 if args.env_id in GAMES else 0
     try:
         is_object = isinstance(json.loads(args.env_kwargs), dict)
     except ValueError:
@@ -1594,7 +1577,7 @@ def check_args(args):
         f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
         f"--algorithm selfplay plays {games}; {args.env_id} is for mappo and ippo": not game or args.env_id in GAMES,
         f"{args.env_id} is a game for --algorithm selfplay": game or args.env_id not in GAMES,
-        f"--num-steps must be at least {moves}, or a game could outlive its opponent": args.num_steps >= moves,
+        f"--num-envs must be a multiple of {SelfPlay.HAND} in a game": not game or args.num_envs % SelfPlay.HAND == 0,
         f"--env-kwargs {args.env_kwargs} is not a JSON object": is_object,
         "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
     }

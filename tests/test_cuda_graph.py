@@ -20,7 +20,7 @@ FLAGS = {
     "ppo_clip": ["--env-id", "CartPole-v1", "--update-epochs", "3"],
     "ppo_klpen": ["--env-id", "Pendulum-v1", "--update-epochs", "3", "--kl-target", "0.0001"],
     "ppo_multiagent": ["--update-epochs", "3", "--num-envs", "8"],
-    "ppo_multiagent selfplay": ["--algorithm", "selfplay", "--num-envs", "8", "--snapshot-every", "1"],
+    "ppo_multiagent selfplay": ["--algorithm", "selfplay", "--num-envs", "8"],
 }
 RUNS = [name for name in FLAGS if name.split()[0] in CONTRACT]
 

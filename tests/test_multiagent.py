@@ -81,7 +81,7 @@ def test_simple_spread_equals_mpe2():
         for t in range(25):
             action = rng.integers(5, size=3)
             obs, reward, _, truncated, _ = env.step(dict(zip(env.possible_agents, map(int, action))))
-            view, seen, ours, terminated, over = world.step(t, torch.tensor(action).expand(24, 3), world.noise(1)[0])
+            view, seen, ours, terminated, over = world.step(torch.tensor(action).expand(24, 3), world.noise(1)[0])
             np.testing.assert_allclose(seen["obs"][n], np.stack(list(obs.values())), atol=1e-5)
             np.testing.assert_allclose(ours[n], list(reward.values()), atol=1e-5)
             np.testing.assert_allclose(seen["state"][n], np.concatenate(list(obs.values())), atol=1e-5)
@@ -144,27 +144,26 @@ def test_a_mirrored_position_looks_the_same_and_gets_the_mirrored_move():
         left.restart(over), right.restart(over)
 
 
-def test_every_line_lies_in_a_window():
-    """And the windows differ by a shift alone: a line means the same in all of them."""
-    windows, cell, lines = ma.ConnectFour.windows, torch.arange(42).view(7, 6), []
+def test_every_line_is_a_window():
+    """Of the mover's stones, the other's and the playable cells, in the same order."""
+    windows, cell, lines = ma.ConnectFour.windows, torch.arange(42).view(7, 6), set()
     for dx, dy in ((1, 0), (0, 1), (1, 1), (1, -1)):
         for x, y in itertools.product(range(7), range(6)):
             if x + 3 * dx < 7 and 0 <= y + 3 * dy < 6:
-                lines.append({int(cell[x + i * dx, y + i * dy]) for i in range(4)})
-    assert len(lines) == 69 and windows.shape == (12, 48)
-    assert all(any(line <= set(window[:16].tolist()) for window in windows) for line in lines)
-    assert torch.equal(windows, windows[:, :1] + windows[0]) and not windows[0, 0]
-    assert all(torch.equal(windows[:, :16] + 42 * k, windows[:, 16 * k : 16 * k + 16]) for k in (1, 2))
+                lines.add(frozenset(int(cell[x + i * dx, y + i * dy]) for i in range(4)))
+    assert len(lines) == 69 and windows.shape == (69, 12)
+    assert {frozenset(window[:4].tolist()) for window in windows} == lines
+    assert all(torch.equal(windows[:, :4] + 42 * k, windows[:, 4 * k : 4 * k + 4]) for k in (1, 2))
 
 
 @pytest.mark.parametrize("P", [1, 2])
 def test_windows_are_seen_through_the_same_weights(P):
     """The network against the sum written out; none of its rows are mixed up, nor those of two learners."""
     windows = torch.tensor([[0, 1, 3], [2, 1, 4]])
-    net, x = ma.StackedMLP(P, 5, 8, 3, 1.0, windows), torch.randn(6, 2, 5)
+    net, x = ma.StackedMLP(P, 5, 16, 3, 1.0, windows), torch.randn(6, 2, 5)
     for bias in net.biases:
         torch.nn.init.normal_(bias)
-    assert [tuple(x.shape) for x in net.weights] == [(P, 3, 2), (P, 4, 8), (P, 8, 3)] and len(net.state_dict()) == 6
+    assert [tuple(x.shape) for x in net.weights] == [(P, 3, 2), (P, 4, 16), (P, 16, 3)] and len(net.state_dict()) == 6
     with torch.no_grad():
         out = net(x)
     for n, g in itertools.product(range(6), range(2)):
@@ -545,7 +544,7 @@ def test_rescaled_returns_leave_every_value_as_it_was(share):
 
 
 class Referee(ma.ConnectFour):
-    """Connect Four that counts plies, lets no illegal one pass, and tells on which boards a game begins."""
+    """Connect Four that counts plies and lets no illegal one pass."""
 
     plies = 0
 
@@ -554,65 +553,60 @@ class Referee(ma.ConnectFour):
         Referee.plies += len(action)
         return super().play(action)
 
-    def restart(self, where):
-        self.begun(where)
-        super().restart(where)
-
 
 def self_play(game, latest_prob=0.5, **more):
     args = ma.Args(algorithm="selfplay", latest_prob=latest_prob, hidden_size=16, norm_obs=False, **more)
     world = ma.SelfPlay(game, args)
     team = ma.Team(world, args)
-    world.team = team
     return world, team, ma.Pool(args)
 
 
 def test_no_illegal_move_and_no_opponent_that_changes(monkeypatch):
-    """100 000 plies between a sharp policy and its pool: all legal; a game is finished by the policy that began it."""
-    world, team, pool = self_play(Referee(128, CPU), snapshot_every=1, pool_size=8)
+    """100 000 plies between a sharp policy and its pool: all legal; half of the opponents are the present policy."""
+    world, team, pool = self_play(Referee(128, CPU))
     team.actor.weights[-1].data *= 50
-    iteration, owner, hands, seats, changed = 0, torch.zeros(128, dtype=torch.long), [], [], 0
-    world.game.begun = lambda where: owner.masked_fill_(where, iteration)
+    iteration, hand, seats, old = 0, [], [], 0
 
-    def checked_move(t, noise, original=world.opponents_move):
-        nonlocal changed
-        (obs, legal), action = world.game.view(), original(t, noise)
-        for n in range(64, 128, 7):
-            net, k = hands[owner[n]], n % 4
-            logits = ma.StackedMLP.forward(net, obs[n].expand(1, 4, -1))[0, k].masked_fill(~legal[n], -1e8)
-            assert action[n] == (logits + noise[n]).argmax(), "another opponent than the one that began the game"
-            changed += bool(owner[n] < iteration)
-        assert torch.equal(action[:64], team.act(obs[:64, None], legal[:64, None], noise[:64, None])[:, 0])
+    def checked_move(noise, original=world.opponents_move):
+        nonlocal old
+        (obs, legal), action = world.game.view(), original(noise)
+        for n in range(0, 128, 7):
+            net = team.actor if n % 8 < 4 else hand[n % 8 - 4]
+            logits = net(obs[n].expand(1, 1, -1))[0, 0].masked_fill(~legal[n], -1e8)
+            assert action[n] == (logits + noise[n]).argmax(), "another opponent than the one that was dealt"
+            old += n % 8 >= 4 and not torch.equal(net.weights[0], team.actor.weights[0])
         return action
 
     world.opponents_move = checked_move
     while Referee.plies < 100_000:
         pool.add(team, ma.ConnectFour(2, CPU), iteration)
-        world.deal(pool.draw(world.HAND))
-        hands.append(ma.copy.deepcopy(world.hand))
-        if iteration == 0:
-            world.reset(torch.Generator())
-        for t in range(24):
+        drawn = pool.draw(team, world.HAND)
+        world.deal(drawn)
+        hand = [ma.copy.deepcopy(team.actor) for _ in range(4)]
+        for net, actor in zip(hand, drawn[4:], strict=True):
+            net.load_state_dict(actor)
+        world.reset(torch.Generator())
+        for _ in range(24):
             view = world.view()
             action = team.act(view["obs"], view["legal"], team.noise(128))
-            view, _, _, _, over = world.step(t, action, world.noise(1)[0])
+            view, _, _, _, over = world.step(action, world.noise(1)[0])
             seats.append(view["obs"][over > 0][:, 0, :84].sum(1))
         for p in team.parameters():  # training goes on: what was frozen must not move
             p.data += 0.01 * torch.randn_like(p)
         iteration += 1
     first = torch.cat(seats) == 0  # an empty board: the learner has the first move
-    assert 0.4 < first.float().mean() < 0.6 and len(pool.snapshots) <= 8 and changed > 100
+    assert 0.4 < first.float().mean() < 0.6 and old > 100
 
 
 def test_the_learners_reward_may_come_from_the_opponents_ply():
     """An opponent that always drops into the same column wins; the learner is told -1, and begins the next game."""
     world, team, _ = self_play(ma.ConnectFour(64, CPU), 1.0)
-    world.opponents_move = lambda t, noise: world.game.column(torch.full((64,), 3))
+    world.opponents_move = lambda noise: world.game.column(torch.full((64,), 3))
     world.reset(torch.Generator())
     for t in range(4):
         world.view()
         action = world.game.column(torch.full((64,), t % 2))
-        view, successor, reward, terminated, over = world.step(t, action[:, None], world.noise(1)[0])
+        view, successor, reward, terminated, over = world.step(action[:, None], world.noise(1)[0])
         assert torch.equal(over, terminated[:, 0]) and over.all() == (t == 3)
     assert (reward == -1).all() and not view["obs"][..., :84].any()
 
@@ -620,11 +614,11 @@ def test_the_learners_reward_may_come_from_the_opponents_ply():
 def test_who_lost_begins():
     """The learner builds a column of four and wins: the next board that it sees has the opponent's first stone."""
     world, team, _ = self_play(ma.ConnectFour(64, CPU), 1.0)
-    world.opponents_move = lambda t, noise: world.game.column(torch.full((64,), t % 2))
     world.reset(torch.Generator())
     for t in range(4):
+        world.opponents_move = lambda noise, t=t: world.game.column(torch.full((64,), t % 2))
         world.view()
-        view, _, reward, _, over = world.step(t, world.game.column(torch.full((64, 1), 3)[:, 0])[:, None], None)
+        view, _, reward, _, over = world.step(world.game.column(torch.full((64,), 3))[:, None], None)
     assert (reward == 1).all() and over.all() and (view["obs"][..., :84].sum((1, 2)) == 1).all()
     assert (view["obs"][:, 0, 42:84].sum(1) == 1).all()
 
@@ -656,7 +650,7 @@ def test_rock_paper_scissors_averages_to_a_third_each(tmp_path, monkeypatch):
     """The latest policy may cycle; the average over the run's snapshots is near the equilibrium."""
     monkeypatch.setitem(ma.GAMES, "rps", RockPaperScissors)
     flags = ["--algorithm", "selfplay", "--env-id", "rps", "--num-steps", 8, "--num-envs", 64, "--num-minibatches", 4]
-    flags += ["--snapshot-every", 1, "--pool-size", 200, "--ent-coef", 0.07, "--lr-schedule", "constant"]
+    flags += ["--pool-size", 150, "--ent-coef", 0.2, "--latest-prob", 0.25, "--lr-schedule", "constant"]
     flags += ["--gamma", 1.0, "--opening-plies", 0]  # it has no boards to play random plies on
     train(tmp_path, *flags, "--total-timesteps", 512 * 150, "--learning-rate", 3e-3, "--hidden-size", 16)
     team, *_ = ma.load_team(tmp_path)
@@ -672,7 +666,7 @@ def test_rock_paper_scissors_averages_to_a_third_each(tmp_path, monkeypatch):
 @pytest.mark.parametrize("latest_prob", [0, 0.5, 1])
 def test_self_play_resumes_bit_for_bit(latest_prob, tmp_path):
     flags = ["--algorithm", "selfplay", "--num-envs", 16, "--num-steps", 32, "--num-minibatches", 4]
-    flags += ["--hidden-size", 16, "--snapshot-every", 1, "--pool-size", 3, "--checkpoint-every", 1024]
+    flags += ["--hidden-size", 16, "--pool-size", 3, "--checkpoint-every", 1024]
     flags += ["--total-timesteps", 4096, "--latest-prob", latest_prob]
     train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--stop-at-step", 2048)
@@ -687,17 +681,22 @@ def test_self_play_resumes_bit_for_bit(latest_prob, tmp_path):
         assert {k: x for k, x in a.items() if k not in drop} == {k: x for k, x in b.items() if k not in drop}
 
 
-def test_a_full_pool_stays_spread_over_the_run():
-    _, team, pool = self_play(ma.ConnectFour(4, CPU), snapshot_every=10, pool_size=8)
+def test_a_pool_is_spread_over_the_run():
+    """32 snapshots of a run, at equal distances, and drawn alike; a share of the opponents is the present policy."""
+    _, team, pool = self_play(ma.ConnectFour(8, CPU), total_timesteps=128 * 25 * 1000)
     pool.measure = lambda *_: None
-    for iteration in range(1000):
-        if iteration % pool.every == 0:
-            pool.add(team, None, iteration)
-            gaps = np.diff([x["global_step"] for x in pool.snapshots])
-            assert pool.snapshots[0]["global_step"] == 0 and len(pool.snapshots) <= 8 and len(set(gaps)) <= 1
-    assert len(pool.snapshots) > 4 and pool.snapshots[-1]["global_step"] > 800
-    drawn = {float(x["weights.0"].sum()) for x in pool.draw(200)}
-    assert drawn == {float(x["actor"]["weights.0"].sum()) for x in pool.snapshots}
+    for iteration in range(0, 1000, pool.every):
+        for p in team.parameters():
+            p.data += 1
+        pool.add(team, None, iteration)
+    assert pool.every == 32 and len(pool.snapshots) == 32
+    for p in team.parameters():
+        p.data += 1
+    now, *snapshots = (
+        float(x["weights.0"].sum()) for x in [team.actor.state_dict()] + [x["actor"] for x in pool.snapshots]
+    )
+    drawn = [float(x["weights.0"].sum()) for x in pool.draw(team, 800)]
+    assert drawn[:400] == [now] * 400 and set(drawn[400:]) == set(snapshots) and len(set(snapshots)) == 32
 
 
 def test_match_counts_for_the_right_side():
@@ -722,7 +721,7 @@ def test_openings_are_games_in_progress():
     pool.add(team, None, 0)
     seen = []
     for _ in range(2):
-        world.deal(pool.draw(world.HAND))
+        world.deal(pool.draw(team, world.HAND))
         opening = world.game.opening
         stones = (opening[..., None] >> world.game.cells & 1).sum(-1)  # (512, 2)
         assert stones.sum(1).max() == 16 and 0.4 < (stones.sum(1) == 0).float().mean() < 0.6
@@ -768,7 +767,7 @@ def test_the_entropy_weight_falls_on_a_straight_line(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
-    flags = ["--algorithm", "selfplay", "--total-timesteps", 16384 * 8, "--snapshot-every", 2]
+    flags = ["--algorithm", "selfplay", "--total-timesteps", 16384 * 8]
     train(tmp_path, *flags)
     assert ma.main(["--evaluate", str(tmp_path), "--eval-episodes", "100"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -785,14 +784,14 @@ def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
     [
         (["--algorithm", "selfplay", "--env-id", "simple_spread"], "plays connect_four"),
         (["--env-id", "connect_four"], "is a game for --algorithm selfplay"),
-        (["--algorithm", "selfplay", "--num-steps", "16"], "--num-steps must be at least 21"),
+        (["--algorithm", "selfplay", "--num-envs", "12"], "--num-envs must be a multiple of 8"),
         (["--env-id", "toy_parallel.pictures"], "this script is not for images"),
         (["--env-id", "no_such_env"], "there is no environment no_such_env"),
         (["--env-id", "toy_parallel.nothing"], "there is no environment toy_parallel.nothing"),
         (["--env-id", "toy_parallel.matrix", "--env-kwargs", "{"], "is not a JSON object"),
         (["--env-id", "toy_parallel.matrix", "--env-kwargs", "[]"], "is not a JSON object"),
         (["--env-kwargs", "{}"], "--env-kwargs does nothing in simple_spread, which is built in"),
-        (["--snapshot-every", "5"], "--snapshot-every does nothing with --algorithm mappo"),
+        (["--pool-size", "5"], "--pool-size does nothing with --algorithm mappo"),
         (["--algorithm", "selfplay", "--no-share-params"], "--share-params does nothing with --algorithm selfplay"),
         (["--algorithm", "ippo", "--critic-input", "state-actions"], "--critic-input goes with --algorithm mappo"),
         (["--opponent", "random"], "--opponent"),
@@ -875,7 +874,7 @@ def test_defaults_are_those_that_the_stored_results_were_made_with():
     ours = {"num_minibatches": 4, "vf_coef": 0.5, "norm_adv": True, "norm_obs": True, "share_params": True}
     ours |= {"algorithm": "mappo", "critic_input": "state", "team_reward": "sum", "lr_schedule": "linear"}
     ours |= {"env_id": "simple_spread", "env_kwargs": "{}", "num_workers": ma.CORES, "ent_final": 1.0}
-    selfplay = {"latest_prob": 0.5, "opening_plies": 0, "snapshot_every": 10, "pool_size": 32}
+    selfplay = {"latest_prob": 0.5, "opening_plies": 0, "pool_size": 32}
     contract = {"total_timesteps": 1_000_000, "seed": 1, "cuda": False, "compile": True, "run_dir": None}
     contract |= {"checkpoint_every": 100_000, "resume": None, "stop_at_step": None, "evaluate": None}
     contract |= {"eval_episodes": 10, "capture_video": False}
@@ -955,17 +954,7 @@ def test_a_rollout_holds_the_state_only_where_a_critic_sees_it():
     assert held == {"mappo": True, "ippo": False}
 
 
-def test_no_ply_is_computed_that_does_not_matter():
-    """The former hand is asked while a game may have begun with it; a match ends with its last game."""
-    world, asked = self_play(ma.ConnectFour(16, CPU))[0], []
-    original = world.former.forward
-    world.former.forward = lambda x: asked.append(t) or original(x)
-    world.reset(torch.Generator())
-    for t in range(25):
-        world.view()
-        world.opponents_move(t, world.noise(1)[0])
-    assert asked == list(range(21))  # 42 cells, every other one the opponent's
-
+def test_a_match_ends_with_its_last_game():
     game, plies = ma.ConnectFour(10, CPU), []
 
     def same_column(obs, legal):  # the first player's four are in a column after seven plies

@@ -253,8 +253,8 @@ def spread_returns(policy, N=2000):
     world, rng = ma.SimpleSpread(N, torch.device("cpu")), torch.Generator().manual_seed(0)
     world.reset(rng)
     total = torch.zeros(N)
-    for t in range(world.length):
-        _, _, reward, _, over = world.step(t, policy(world, rng), world.noise(1, rng)[0])
+    for _ in range(world.length):
+        _, _, reward, _, over = world.step(policy(world, rng), world.noise(1, rng)[0])
         total += reward.sum(-1)
     assert over.all()
     return total
