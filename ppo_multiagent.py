@@ -138,10 +138,10 @@ class Args:
     pool_size: int = 32  # selfplay: snapshots of the whole run, spread evenly over it
 
 
-SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: small gamma and lambda tie it to the moves just before
+SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: a small gamma ties it to the moves just before
     "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
     "learning_rate": 1e-2, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.15, "max_grad_norm": 0.5,
-    "gamma": 0.8, "gae_lambda": 0.8, "ent_final": 0.1, "opening_plies": 16,
+    "gamma": 0.7, "gae_lambda": 0.9, "ent_final": 0.1, "opening_plies": 16,
 }  # fmt: skip
 
 
