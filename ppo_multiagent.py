@@ -133,12 +133,12 @@ class Args:
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    latest_prob: float = 0.5  # selfplay: the share of opponents that are the present policy, not a snapshot of it
-    opening_plies: int = 0  # selfplay: half of the games begin after up to this many random plies
-    pool_size: int = 32  # selfplay: snapshots of the whole run, spread evenly over it
+    latest_prob: float = 0.5  # selfplay: the share of opponents (in eighths) that are today's policy, not a snapshot
+    opening_plies: int = 0  # selfplay: on half of the boards games begin after up to this many random plies
+    pool_size: int = 32  # selfplay: the most snapshots; they are taken at equal distances over the whole run
 
 
-SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: a small gamma ties it to the moves just before
+SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: with a small gamma it counts for the last few moves
     "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
     "learning_rate": 1e-2, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.15, "max_grad_norm": 0.5,
     "gamma": 0.7, "gae_lambda": 0.9, "ent_final": 0.1, "opening_plies": 16,
@@ -198,8 +198,9 @@ class RunningMeanStd(nn.Module):
 class StackedMLP(nn.Module):
     """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
     P = 1: the same network for each of the G agents; P = G: one network each.
-    windows (W, K), where a world has some, are sets of K inputs that mean the same at W places. The first layer, an
-    eighth as wide, then looks through each of them with the same weights: what is learned at one is known at all."""
+    windows (W, K), where a world has some, are W lists of K inputs that mean the same in W places: the lines of a
+    board, say. The first layer then reads each of them with the same weights, an eighth of `hidden` wide. What is
+    learned in one place is known in all of them."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
@@ -649,15 +650,16 @@ def train(args: Args) -> dict:
 # But a policy that only knows its present self may run in circles: what beats today's policy may lose to last week's.
 # So some of the boards are played against snapshots of the past.
 #
-# The learner sees a world with one agent: a step is its move and the reply. In every iteration a hand of opponents is
-# dealt anew, and all games begin anew. Each opponent has boards of its own, the same number, so that all of them move
-# by one product of stacked matrices.
+# The learner sees a world with one agent: a step is its move and the reply. In every iteration a new hand of opponents
+# is drawn, and all games begin anew. Games that are not over by its end are cut off there, and the value of their last
+# position stands for the rest. All opponents have the same number of boards, so that one product of stacked matrices
+# moves them all.
 
 
 class SelfPlay:
     """A two-player zero-sum game as a world with one agent. Both sides see the board as the one who is to move. The
-    reward is 1 for a win, -1 for a loss, and may come from the opponent's ply. Whoever lost begins the next game; after
-    a draw the same side begins again. So no ply is ever passed, and the side that is behind gets the easier seat."""
+    reward is 1 for a win, -1 for a loss, and may come from the opponent's ply. Who did not make the last move begins
+    the next game: after a win, the loser. So no ply is passed, and the side that is behind gets the easier seat."""
 
     num_agents, HAND = 1, 8  # opponents that are met in one iteration
 
@@ -670,14 +672,14 @@ class SelfPlay:
         self.hand.to(game.device)
 
     def deal(self, actors):
-        """Seat other opponents: HAND actors' parameters, as Pool.draw returns them."""
-        self.hand.load_state_dict({name: torch.cat([actor[name] for actor in actors]) for name in actors[0]})
+        """Make these the opponents from now on: the parameters of HAND actors, as Pool.draw returns them."""
+        self.hand.load_state_dict({name: torch.cat([actor[name].cpu() for actor in actors]) for name in actors[0]})
         if self.opening_plies:
             self.new_openings()
 
     def new_openings(self):
-        """Let half of the boards begin their games after some random plies from now on: positions that good play never
-        comes to are where a policy would know nothing. Openings that would end the game stop before."""
+        """From now on, half of the boards begin their games after some random plies. Without that a policy would know
+        nothing of positions that good play never comes to. A random ply that would end the game is left out."""
         game, N, K = self.game, self.game.num_envs, self.opening_plies
         plies = (torch.randint(1, K + 1, (N,)) * (torch.rand(N) < 0.5)).to(game.device)
         opening, noise = type(game)(N, game.device), gumbel(K, N, game.num_actions).to(game.device)
@@ -688,8 +690,13 @@ class SelfPlay:
             opening.boards.copy_(torch.where(stays[:, None], before, opening.boards))
         game.opening.copy_(opening.boards)
 
+    @torch.no_grad()
     def reset(self, generator):
-        self.game.restart(torch.ones(self.game.num_envs, dtype=torch.bool, device=self.game.device))
+        """All games begin anew, on a random half of the boards with the opponent's move."""
+        N, device = self.game.num_envs, self.game.device
+        self.game.restart(torch.ones(N, dtype=torch.bool, device=device))
+        _, over = self.game.play(self.opponents_move(gumbel(N, self.action_space.n, generator=generator).to(device)))
+        self.game.restart(over | (torch.rand(N, generator=generator) < 0.5).to(device))
 
     def noise(self, T):
         return gumbel(T, self.game.num_envs, self.action_space.n)  # for the opponents' moves
@@ -700,8 +707,9 @@ class SelfPlay:
 
     def step(self, action, noise):
         won, over = self.game.play(action[:, 0])  # (N,) each
-        self.game.restart(over)  # the opponent has lost, and begins; elsewhere it replies
+        self.game.restart(over)  # there the opponent begins the next game; elsewhere it replies
         lost, ended = self.game.play(self.opponents_move(noise))
+        lost = lost * ~over  # NOTE: an opening can be so good that the opponent wins the next game with its first ply
         self.game.restart(ended)
         view, over = self.view(), (over | ended).float()
         return view, view, (won - lost)[:, None], over[:, None], over
@@ -716,8 +724,8 @@ class Pool:
     """Snapshots of the actor, at equal distances; a part of the checkpoint."""
 
     def __init__(self, args):
-        iterations = args.total_timesteps / (args.num_envs * args.num_steps)
-        self.every, self.latest_prob = math.ceil(iterations / args.pool_size), args.latest_prob
+        self.batch, self.latest_prob = args.num_envs * args.num_steps, args.latest_prob
+        self.every = math.ceil(args.total_timesteps / self.batch / args.pool_size)  # iterations
         self.snapshots, self.strength = [], {"selfplay/score_random": math.nan, "selfplay/score_middle": math.nan}
 
     def adapted(self):
@@ -726,6 +734,9 @@ class Pool:
     def restore(self, run):
         stored = run.checkpoint.get("adapted", {})
         self.snapshots, self.strength = stored.get("snapshots", []), stored.get("strength", self.strength)
+        if self.snapshots[1:]:  # a run that has become longer has them further apart
+            stride = round(self.every * self.batch / self.snapshots[1]["global_step"])
+            self.snapshots = self.snapshots[:: max(1, stride)]
 
     def add(self, team, game, global_step):
         """Measure the team, then add it."""
@@ -734,15 +745,15 @@ class Pool:
         self.snapshots.append({"global_step": global_step, "actor": actor})
 
     def draw(self, team, n):
-        """The actors of n opponents: a share latest_prob are the team's, the others are snapshots, each as likely."""
+        """The parameters of n opponents: a share latest_prob is the team's; the others are snapshots, drawn at random
+        with replacement."""
         present = round(n * self.latest_prob)
         chosen = torch.randint(len(self.snapshots), (n - present,)).tolist()
-        now = {key: x.cpu() for key, x in team.actor.state_dict().items()}
-        return [now] * present + [self.snapshots[i]["actor"] for i in chosen]
+        return [team.actor.state_dict()] * present + [self.snapshots[i]["actor"] for i in chosen]
 
     def measure(self, team, game, generator):
-        """Score against random play and the snapshot in the middle of the run. Not against the training mixture: that
-        score stays where it is however strong both sides become, or weak."""
+        """Score against random play and the snapshot from the middle of the run so far. Not against the opponents of
+        training: that score stays where it is however strong both sides become, or weak."""
         game, me, past = type(game)(100, game.device), player(team, generator), copy.deepcopy(team)
         self.strength = {"selfplay/score_random": match(game, me, random_player(generator)).mean().item()}
         if self.snapshots:
@@ -854,8 +865,8 @@ class ConnectFour:
 
     A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
     whatever they learn on one side they know on the other; half of all positions need not be learned at all.
-    The windows are the 69 lines of four cells. Three stones in a line and a fourth that can fall there mean the same
-    wherever the line lies, and in whichever direction.
+    The windows (69, 12) are the 69 lines of four cells. Three stones in a line whose last cell can be filled now mean
+    the same wherever it lies, and in whichever direction it runs.
     """
 
     obs_dim, num_actions, max_plies = 126, 7, 42
@@ -1453,7 +1464,8 @@ class Run:
 def load_team(path, env_id=None, num_envs=1):
     """The team of a checkpoint, its world, the arguments it was trained with, and its step. Raises UserError."""
     checkpoint = load_checkpoint(path, env_id)
-    args = Args(**checkpoint["args"])
+    known = {f.name for f in fields(Args)}  # an older script may have had other flags
+    args = Args(**{key: x for key, x in checkpoint["args"].items() if key in known})
     world = make_world(args, num_envs, torch.device("cpu"))
     team = Team(world, args)
     load_weights(team, checkpoint)
@@ -1567,6 +1579,7 @@ def check_args(args):
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
+    moves = (GAMES[args.env_id].max_plies + 1) // 2 if args.env_id in GAMES else 0
     try:
         is_object = isinstance(json.loads(args.env_kwargs), dict)
     except ValueError:
@@ -1577,6 +1590,7 @@ def check_args(args):
         f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
         f"--algorithm selfplay plays {games}; {args.env_id} is for mappo and ippo": not game or args.env_id in GAMES,
         f"{args.env_id} is a game for --algorithm selfplay": game or args.env_id not in GAMES,
+        f"--num-steps must be at least {moves}, or a long game would never end": args.num_steps >= moves,
         f"--num-envs must be a multiple of {SelfPlay.HAND} in a game": not game or args.num_envs % SelfPlay.HAND == 0,
         f"--env-kwargs {args.env_kwargs} is not a JSON object": is_object,
         "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),

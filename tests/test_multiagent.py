@@ -154,6 +154,8 @@ def test_every_line_is_a_window():
     assert len(lines) == 69 and windows.shape == (69, 12)
     assert {frozenset(window[:4].tolist()) for window in windows} == lines
     assert all(torch.equal(windows[:, :4] + 42 * k, windows[:, 4 * k : 4 * k + 4]) for k in (1, 2))
+    steps = windows[:, :4].diff()  # from cell to cell of a line
+    assert (steps == steps[:, :1]).all() and set(steps[:, 0].tolist()) == {1, 5, 6, 7}
 
 
 @pytest.mark.parametrize("P", [1, 2])
@@ -561,7 +563,7 @@ def self_play(game, latest_prob=0.5, **more):
     return world, team, ma.Pool(args)
 
 
-def test_no_illegal_move_and_no_opponent_that_changes(monkeypatch):
+def test_no_illegal_move_and_the_opponents_that_were_dealt():
     """100 000 plies between a sharp policy and its pool: all legal; half of the opponents are the present policy."""
     world, team, pool = self_play(Referee(128, CPU))
     team.actor.weights[-1].data *= 50
@@ -602,7 +604,7 @@ def test_the_learners_reward_may_come_from_the_opponents_ply():
     """An opponent that always drops into the same column wins; the learner is told -1, and begins the next game."""
     world, team, _ = self_play(ma.ConnectFour(64, CPU), 1.0)
     world.opponents_move = lambda noise: world.game.column(torch.full((64,), 3))
-    world.reset(torch.Generator())
+    world.game.restart(torch.ones(64, dtype=torch.bool))
     for t in range(4):
         world.view()
         action = world.game.column(torch.full((64,), t % 2))
@@ -614,13 +616,45 @@ def test_the_learners_reward_may_come_from_the_opponents_ply():
 def test_who_lost_begins():
     """The learner builds a column of four and wins: the next board that it sees has the opponent's first stone."""
     world, team, _ = self_play(ma.ConnectFour(64, CPU), 1.0)
-    world.reset(torch.Generator())
+    world.game.restart(torch.ones(64, dtype=torch.bool))
     for t in range(4):
         world.opponents_move = lambda noise, t=t: world.game.column(torch.full((64,), t % 2))
         world.view()
         view, _, reward, _, over = world.step(world.game.column(torch.full((64,), 3))[:, None], None)
     assert (reward == 1).all() and over.all() and (view["obs"][..., :84].sum((1, 2)) == 1).all()
     assert (view["obs"][:, 0, 42:84].sum(1) == 1).all()
+
+
+def test_a_win_counts_also_where_the_opponent_wins_the_next_game_at_once():
+    world, column = self_play(ma.ConnectFour(8, CPU))[0], torch.zeros(8, dtype=torch.long)
+    world.game.opening.copy_(torch.tensor([0b111, 0b111 << 42]))  # the side to move has three in column 0
+    world.game.restart(torch.ones(8, dtype=torch.bool))
+    world.opponents_move = lambda noise: world.game.column(column)
+    world.view()
+    _, _, reward, _, over = world.step(world.game.column(column)[:, None], None)
+    assert (reward == 1).all() and over.all()
+
+
+@pytest.mark.parametrize("opening_plies", [0, 16])
+def test_half_of_the_first_games_are_begun_by_the_opponent(opening_plies):
+    world, _, _ = self_play(ma.ConnectFour(2000, CPU), opening_plies=opening_plies)
+    if opening_plies:
+        world.new_openings()
+    world.reset(torch.Generator().manual_seed(0))
+    moved = (world.game.boards != world.game.opening).any(1)
+    assert 0.45 < moved.float().mean() < 0.55
+    stones = (world.game.boards[..., None] >> world.game.cells & 1).sum((1, 2))
+    before = (world.game.opening[..., None] >> world.game.cells & 1).sum((1, 2))
+    assert torch.equal(stones - before, moved.long())
+
+
+def test_games_and_opponents_are_new_in_every_iteration(tmp_path, monkeypatch):
+    calls, deal, reset = [], ma.SelfPlay.deal, ma.SelfPlay.reset
+    monkeypatch.setattr(ma.SelfPlay, "deal", lambda *x: calls.append("deal") or deal(*x))
+    monkeypatch.setattr(ma.SelfPlay, "reset", lambda *x: calls.append("reset") or reset(*x))
+    flags = ["--algorithm", "selfplay", "--num-envs", 8, "--num-steps", 32, "--num-minibatches", 4, "--hidden-size", 16]
+    train(tmp_path, *flags, "--total-timesteps", 256 * 3, "--checkpoint-every", 10_000)
+    assert calls == ["deal", "reset"] * 3
 
 
 class RockPaperScissors:
@@ -674,7 +708,7 @@ def test_self_play_resumes_bit_for_bit(latest_prob, tmp_path):
     whole, parts = (ma.load_checkpoint(tmp_path / x) for x in ("whole", "parts"))
     assert all(torch.equal(x, parts["agent"][key]) for key, x in whole["agent"].items())
     pools = [[x["global_step"] for x in state["adapted"]["snapshots"]] for state in (whole, parts)]
-    assert pools[0] == pools[1] and len(pools[0]) > 1
+    assert pools[0] == pools[1] == [0, 1536, 3072]
     curves = [list(csv.DictReader(open(tmp_path / x / "progress.csv"))) for x in ("whole", "parts")]
     for a, b in zip(*curves, strict=True):
         drop = ("wall_time", "sps")
@@ -697,6 +731,26 @@ def test_a_pool_is_spread_over_the_run():
     )
     drawn = [float(x["weights.0"].sum()) for x in pool.draw(team, 800)]
     assert drawn[:400] == [now] * 400 and set(drawn[400:]) == set(snapshots) and len(set(snapshots)) == 32
+
+
+@pytest.mark.parametrize("share,present", [(0, 0), (0.1, 1), (0.5, 4), (0.95, 8), (1, 8)])
+def test_the_share_of_opponents_that_are_the_present_policy(share, present):
+    _, team, pool = self_play(ma.ConnectFour(8, CPU), share)
+    pool.measure = lambda *_: None
+    pool.add(team, None, 0)
+    for p in team.parameters():
+        p.data += 1
+    drawn = pool.draw(team, 8)
+    assert sum(torch.equal(x["weights.0"], team.actor.weights[0]) for x in drawn) == present
+
+
+def test_a_run_that_becomes_longer_has_its_snapshots_further_apart(tmp_path):
+    flags = ["--algorithm", "selfplay", "--num-envs", 8, "--num-steps", 32, "--num-minibatches", 4, "--hidden-size", 16]
+    flags += ["--pool-size", 4]
+    train(tmp_path, *flags, "--total-timesteps", 256 * 8)
+    ma.train(ma.parse_args(["--resume", str(tmp_path), "--total-timesteps", str(256 * 16)]))
+    steps = [x["global_step"] for x in ma.load_checkpoint(tmp_path)["adapted"]["snapshots"]]
+    assert steps == [0, 256 * 4, 256 * 8, 256 * 12]
 
 
 def test_match_counts_for_the_right_side():
@@ -732,7 +786,7 @@ def test_openings_are_games_in_progress():
                 assert not (pairs & (pairs >> 2 * shift)).any()
         seen.append(opening.clone())
     assert (seen[0] != seen[1]).any()
-    world.reset(torch.Generator())
+    world.game.restart(torch.ones(512, dtype=torch.bool))
     assert torch.equal(world.game.boards, opening)
 
 
@@ -785,6 +839,7 @@ def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
         (["--algorithm", "selfplay", "--env-id", "simple_spread"], "plays connect_four"),
         (["--env-id", "connect_four"], "is a game for --algorithm selfplay"),
         (["--algorithm", "selfplay", "--num-envs", "12"], "--num-envs must be a multiple of 8"),
+        (["--algorithm", "selfplay", "--num-steps", "16"], "--num-steps must be at least 21"),
         (["--env-id", "toy_parallel.pictures"], "this script is not for images"),
         (["--env-id", "no_such_env"], "there is no environment no_such_env"),
         (["--env-id", "toy_parallel.nothing"], "there is no environment toy_parallel.nothing"),
