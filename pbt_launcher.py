@@ -77,13 +77,13 @@ class Args:
     run_dir: str = "pbt"  # folder of the whole population; with --executor ray one that every node sees
     total_timesteps: int = 1_000_000  # environment steps of each member
     population: int = 8  # number of members
-    interval: int = 50_000  # environment steps between two decisions
+    interval: int = 50_000  # environment steps between two decisions: several episodes in each environment
     mutate: Repeated = field(default_factory=list)  # search NAME:KIND:LOW:HIGH (log, lin or int), or NAME:cat:A,B,C
     seed: int = 1  # all draws follow from it; member j begins with seed + j
 
     score: Literal["training", "evaluation"] = "training"  # evaluation: of fresh episodes with the mean action
     eval_episodes: int = 10  # with --score evaluation: how many, the same ones for all members
-    quantile: float = 0.25  # the bottom fraction copies from the top one; 0: nobody copies, which is random search
+    quantile: float = 0.25  # the bottom fraction copies from the top one; 0: random search
     selection: Literal["truncation", "tournament"] = "truncation"  # tournament: each meets one other, drawn at random
     warmup: int = 0  # no member is replaced before this step; early scores tell little
     min_gap: float = 0.0  # replace a member only if the other's score is higher by at least this much
@@ -115,21 +115,23 @@ def ranked(scores):
 
 
 def exploit(scores, args, rng):
-    """Who copies whom: {loser: donor}. scores: {member: score}."""
+    """Who copies whom: {loser: donor}. scores: {member: score}. A member without a score has just copied another, or no
+    episode of its leg has ended, and those that never fall end late: nothing is known of it, so nothing is decided."""
     if args.quantile == 0 or args.replay:
         return {}
+    scores = {m: x for m, x in scores.items() if is_score(x)}
     copies = tournament(scores, rng) if args.selection == "tournament" else truncation(scores, args.quantile, rng)
     # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap.
-    return {m: d for m, d in copies.items() if not is_score(scores[m]) or scores[d] - scores[m] >= args.min_gap}
+    gap = {m: scores[donor] - scores[m] for m, donor in copies.items()}
+    return {m: donor for m, donor in copies.items() if gap[m] > 0 and gap[m] >= args.min_gap}
 
 
 def truncation(scores, quantile, rng):
     """Truncation selection (paper, section 4.1): each of the bottom fraction copies one of the top fraction, drawn at
-    random. The two do not overlap, and nobody copies a member without a score."""
+    random. The two do not overlap."""
     order = ranked(scores)
     k = min(math.ceil(len(order) * quantile), len(order) // 2)
-    top = [m for m in order[:k] if is_score(scores[m])]
-    return {m: top[rng.integers(len(top))] for m in sorted(order[len(order) - k :]) if top}
+    return {m: order[rng.integers(k)] for m in sorted(order[len(order) - k :])}
 
 
 def tournament(scores, rng):
@@ -139,7 +141,7 @@ def tournament(scores, rng):
     for m in sorted(scores):
         others = [o for o in sorted(scores) if o != m]
         rival = others[rng.integers(len(others))] if others else m
-        if is_score(scores[rival]) and ranked({m: scores[m], rival: scores[rival]})[0] == rival != m:
+        if scores[rival] > scores[m]:
             copies[m] = rival
     return {m: donor for m, donor in copies.items() if donor not in copies}
 
@@ -297,7 +299,7 @@ class Population:
         self.hyperparameters = [Hyperparameter.parse(text) for text in args.mutate]
         self.schedule = winners_schedule(args.replay) if args.replay else []
         self.members, self.legs, self.decisions, self.best = {}, {}, 0, None
-        self.failures_in_a_row = 0
+        self.failures_in_a_row, self.failing = 0, set()  # since a leg has finished: how many failed, and whose
         for j in range(args.population):
             rng = generator(args, 1, j)
             self.members[j] = Member(j, {h.name: h.sample(rng) for h in self.hyperparameters}, args.seed + j)
@@ -309,10 +311,10 @@ class Population:
 
     def ready(self, running):
         """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done. Those
-        with the fewest legs come first, so that with few slots nobody falls behind."""
+        with the fewest legs come first, so that with few slots nobody falls behind, and those that fail come last."""
         busy = {leg["member"] for leg, _ in running}
         members = [m for m in self.members.values() if m.id not in busy and m.legs <= m.decided and not self.done(m)]
-        return sorted(members, key=lambda m: m.legs)
+        return sorted(members, key=lambda m: (m.id in self.failing, m.legs))
 
     def next_leg(self, member):
         """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
@@ -370,9 +372,11 @@ class Population:
         if "error" in result:
             self.failed(self.members[leg["member"]], leg["leg"], result)
             return
-        self.failures_in_a_row = 0
+        self.failures_in_a_row, self.failing = 0, set()
         returns = [x for x in result["returns"] if is_score(x)]  # raw ones, whatever rewards the script learns from
         score = statistics.fmean(returns) if returns else None
+        if score is None:
+            say(f"{leg['leg']}: no episode ended; --interval should be several episodes of each environment long")
         self.record("leg", **leg, step=result["step"], score=score)
         text = readable({"member": leg["member"], "step": result["step"], "score": score} | leg["hyper"])
         tqdm.write(text, file=sys.stderr)
@@ -388,7 +392,8 @@ class Population:
             raise UserError(result["error"])
         say(f"member {member.id}: {result['error']}")
         self.failures_in_a_row += 1
-        if self.failures_in_a_row > 2 * len(self.members):
+        self.failing.add(member.id)
+        if self.failures_in_a_row > 2 * len(self.members) and len(self.failing) == len(self.members):
             raise RunFailed(f"{self.failures_in_a_row} legs in a row have failed, the last with: {result['error']}")
         self.record("failed", member=member.id, leg=leg, error=result["error"])
         others = {m.id: m.score for m in self.members.values() if m.leg not in (None, member.leg)}
@@ -414,6 +419,7 @@ class Population:
                 m, donor = self.members[copy["member"]], self.members[copy["donor"]]
                 m.hyper, m.seed, m.score, m.failures = copy["hyper"], copy["seed"], None, 0
                 m.leg, m.step, m.legs = donor.leg, donor.step, donor.legs
+                m.decided = min(m.decided, m.legs)  # a donor may have trained less
             for j in event["members"]:
                 self.members[j].decided = self.members[j].legs
             self.decisions += bool(event["members"])

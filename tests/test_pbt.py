@@ -131,20 +131,19 @@ def test_truncation_takes_disjoint_ends(n, quantile):
     assert n > 1 or not copies  # one member never exploits
 
 
-def test_truncation_draws_donors_uniformly_and_never_one_without_a_score():
+def test_truncation_draws_donors_uniformly():
     rng, scores = np.random.default_rng(0), {0: 4.0, 1: 3.0, 2: 2.0, 3: 1.0}
     donors = [pbt.truncation(scores, 0.5, rng)[3] for _ in range(2000)]
     assert set(donors) == {0, 1} and 900 < donors.count(0) < 1100
-    assert set(pbt.truncation({0: 1.0, 1: None, 2: math.nan, 3: None}, 0.5, rng).values()) == {0}
-    assert pbt.truncation({0: None, 1: math.nan}, 0.5, rng) == {}
+    assert pbt.truncation({}, 0.5, rng) == pbt.truncation({0: 1.0}, 0.5, rng) == {}
 
 
 def test_tournament_copies_the_better_of_two():
-    rng, scores = np.random.default_rng(0), {0: 4.0, 1: 3.0, 2: None, 3: 1.0}
+    rng, scores = np.random.default_rng(0), {0: 4.0, 1: 3.0, 2: 2.0, 3: 1.0}
     for _ in range(200):
         copies = pbt.tournament(scores, rng)
         assert all(pbt.ranked({m: scores[m], d: scores[d]})[0] == d for m, d in copies.items())
-        assert not set(copies) & set(copies.values()) and 0 not in copies and 2 not in copies.values()
+        assert not set(copies) & set(copies.values()) and 0 not in copies
     assert pbt.tournament({0: 1.0}, rng) == {}
 
 
@@ -358,13 +357,48 @@ def test_a_small_lead_is_not_copied(tmp_path):
 
 
 @pytest.mark.parametrize("selection", ["truncation", "tournament"])
-def test_the_gap_holds_for_both_selections_but_a_member_without_a_score_is_replaced(selection):
+def test_the_gap_holds_for_both_selections_and_a_member_without_a_score_is_left_alone(selection):
     args = pbt.Args(TOY, selection=selection, min_gap=1.0, quantile=0.5)
     scores, seen = {0: 3.0, 1: 2.5, 2: 2.0, 3: None}, set()
     for seed in range(50):
         seen |= set(pbt.exploit(scores, args, np.random.default_rng(seed)).items())
-    assert seen == {(2, 0), (3, 0), (3, 1)} | ({(3, 2)} if selection == "tournament" else set())
+    assert seen == {(2, 0)}
     assert pbt.exploit(scores, pbt.Args(TOY, quantile=0), np.random.default_rng(0)) == {}
+
+
+@pytest.mark.parametrize("selection", ["truncation", "tournament"])
+def test_equal_scores_are_not_copied(selection):
+    args = pbt.Args(TOY, selection=selection, quantile=0.5)
+    for seed in range(20):
+        assert pbt.exploit(dict.fromkeys(range(8), 500.0), args, np.random.default_rng(seed)) == {}
+        assert pbt.exploit({0: None, 1: math.nan, 2: None}, args, np.random.default_rng(seed)) == {}
+
+
+def test_members_without_a_score_do_not_shield_the_worst():
+    """As in async mode, where members that have just been copied have none."""
+    scores = {0: 10.0, 1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0, 5: 1.0, 6: None, 7: None}
+    assert set(pbt.exploit(scores, pbt.Args(TOY), np.random.default_rng(0))) == {4, 5}
+
+
+def test_a_restart_from_a_younger_peer_does_not_put_decisions_off():
+    population = pbt.Population(pbt.Args(TOY, population=2, mode="async"))
+    old, young = population.members.values()
+    old.legs, old.decided, young.legs, young.leg = 7, 7, 4, "m01/t004"
+    copy = {"member": 0, "donor": 1, "hyper": {}, "seed": 5}
+    population.apply({"event": "decide", "members": [], "copies": [copy]})
+    assert old.legs == old.decided == 4
+    population.apply({"event": "leg", "leg": "m00/t008", "member": 0, "step": 250_000, "score": 1.0})
+    assert [m.id for m in population.due()] == [1, 0] or [m.id for m in population.due()] == [0, 1]
+
+
+def test_a_leg_without_an_episode_is_a_line(tmp_path, capsys):
+    population = pbt.Population(pbt.Args(TOY, population=1, run_dir=str(tmp_path)))
+    population.record, population.bar = lambda *_, **__: None, pbt.tqdm(disable=True)
+    (tmp_path / "m00" / "t001").mkdir(parents=True)
+    (tmp_path / "m00" / "t001" / "checkpoint.pt").touch()
+    leg, _ = population.next_leg(population.members[0])
+    population.finish(leg, {"step": 50_000, "returns": [], "signal": None})
+    assert "m00/t001: no episode ended; --interval should be" in capsys.readouterr().err
 
 
 def test_scores_by_evaluation(tmp_path):
@@ -460,10 +494,31 @@ def trouble_after(legs, run_dir, marks, *names, slot=Inline):
     return Troubled
 
 
-def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path, marks):
-    slot = trouble_after(4, tmp_path / "a", marks, "error0", "error1")
-    flags = ["--slots", 1, "--", "--trouble", "error", "--marks", marks]
-    _, err = finished(tmp_path / "a", *SMALL, *flags, slot=slot)
+class FirstMemberFails(Inline):
+    """Legs of member 0 fail, `times` of them, once so many legs have finished."""
+
+    after, times = 4, 2
+
+    def start(self, request):
+        log = Path(request.get("log", ""))
+        if self.times and log.parent.name == "m00" and len(events(log.parent.parent, "leg")) >= self.after:
+            self.times -= 1
+            self.result = {"error": "toy_script.py: RuntimeError: an error, as planned"}
+        else:
+            super().start(request)
+
+
+def test_a_member_that_keeps_failing_does_not_end_a_population_that_trains(tmp_path):
+    """Ten failures in a row would be too many, were they not all of one member."""
+    slot = type("Failing", (FirstMemberFails,), {"after": 0, "times": 10})
+    finished(tmp_path / "a", *SMALL, "--slots", 1, slot=slot)
+    failed = events(tmp_path / "a", "failed")
+    assert {e["member"] for e in failed} == {0} and events(tmp_path / "a")[1]["event"] != "leg"
+    assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
+
+
+def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path):
+    _, err = finished(tmp_path / "a", *SMALL, "--slots", 1, slot=FirstMemberFails)
     members = [e["member"] for e in events(tmp_path / "a", "failed")]
     assert len(members) == 2 and members[0] == members[1] and "RuntimeError: an error, as planned" in err
     assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
