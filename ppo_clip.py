@@ -27,7 +27,7 @@ term is flat there and would leave it so. The unclipped term is smaller, so the 
 r_t back up. Clipping takes away an incentive. It does not bound the ratio (Engstrom et al. 2020): watch `kl` and
 `clipfrac`.
 
-What the paper does not mention, and what all results depend on (Engstrom et al. 2020, Andrychowicz et al. 2021):
+What the paper does not mention. The first two points matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
 - Observations and rewards are scaled by running statistics, which are saved with the model.
 - Layers start orthogonal, advantages are normalised in each minibatch, the gradient's norm is clipped, and the learning
   rate falls linearly to 0.
@@ -36,7 +36,7 @@ What the paper does not mention, and what all results depend on (Engstrom et al.
 - 8 environments x 256 steps replace the paper's 1 x 2048: the same batch, collected in parallel.
 
     python ppo_clip.py --env-id Hopper-v4                               # 1M steps: one to two minutes
-    python ppo_clip.py --resume runs/Hopper-v4__ppo_clip__1__DATE       # goes on where it stopped, bit for bit
+    python ppo_clip.py --resume runs/Hopper-v4__ppo_clip__1__DATE       # goes on from its last checkpoint
     python ppo_clip.py --evaluate runs/Hopper-v4__ppo_clip__1__DATE     # without noise; prints one line of JSON
     python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # Discrete actions work, too
 
@@ -97,14 +97,14 @@ class Args:
     cuda: bool = False  # train on the GPU (with 64-64 networks and few environments a CPU core is faster)
     compile: bool = True  # torch.compile the update; by default only where it pays, from 200 000 steps
     run_dir: str | None = None  # this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)
-    checkpoint_every: int = 100_000  # write a checkpoint whenever global_step passes a multiple of this
+    checkpoint_every: int = 100_000  # write a checkpoint at multiples of this; it cuts off the episodes in flight
     resume: str | None = None  # a checkpoint or run folder to go on from; flags that are not given keep its values
     stop_at_step: int | None = None  # end this process, with a checkpoint, at the first iteration end past this step
     evaluate: str | None = None  # no training: run this checkpoint without noise and print one line of JSON
     eval_episodes: int = 10  # with --evaluate: the number of episodes
     capture_video: bool = False  # with --evaluate: write a video of every episode beside the checkpoint
 
-    num_envs: int = 8  # N, parallel environments (the paper used 1; what matters is N * T)
+    num_envs: int = 8  # N, parallel environments (the paper used 1); N * T is the batch
     num_steps: int = 256  # T, steps in each environment per iteration; N * T = 2048 as in Table 3
     num_workers: int = CORES  # processes that run the environments, this one included; 0: only this one
 
@@ -470,7 +470,8 @@ MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is
 
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
-    if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
+    fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # as a float32; false for nan, too
+    if not fits or not math.isfinite(reward or 0.0):
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
         what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
@@ -596,6 +597,10 @@ class Actors:
                 pipe.send(seeds)
             answers = [self.own.run(seeds)] + [pipe.recv() for _, pipe in self.workers]
         except (EOFError, OSError) as error:
+            for _, pipe in self.workers:  # one that could not make its environments has said why
+                with contextlib.suppress(EOFError, OSError):
+                    if pipe.poll() and (answer := pipe.recv()):
+                        raise RunFailed(answer) from error
             codes = [process.exitcode for process, _ in self.workers if process.join(0.1) or not process.is_alive()]
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
         for answer in answers:
@@ -784,8 +789,9 @@ class Run:
     def adapted(self, name, flag):
         """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
         value = getattr(self.args, flag)
-        same = self.checkpoint and self.checkpoint["args"][flag] == value
-        return self.checkpoint["adapted"].get(name, value) if same else value
+        if self.checkpoint and self.checkpoint["args"].get(flag) != value:
+            self.checkpoint["adapted"].pop(name, None)  # nor may __enter__ write it into a new folder
+        return self.checkpoint.get("adapted", {}).get(name, value)
 
     def save(self, global_step, **adapted):
         saved = {"script": SCRIPT, "args": asdict(self.args), "global_step": global_step, "wall_time": self.wall_time}
@@ -798,7 +804,7 @@ class Run:
         args, terminal = self.args, sys.stderr.isatty()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.csv = open(self.dir / "progress.csv", "a+", buffering=1)
+            self.csv = open(self.dir / "progress.csv", "a+", buffering=1, newline="\n")
             with contextlib.suppress(ImportError):  # Windows has no fcntl
                 import fcntl
 
@@ -813,6 +819,10 @@ class Run:
             raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
         self.csv.truncate(len("".join(lines[:1] + kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
+        limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
+        if args.checkpoint_every < 4 * args.num_envs * limit:
+            steps = args.checkpoint_every // args.num_envs
+            say(f"a checkpoint cuts off all episodes, here every {steps} steps: long ones are counted too seldom")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
@@ -859,7 +869,8 @@ class Run:
             x.close()
         for number, before in self.handlers.items():
             signal.signal(number, before)
-        if self.signal and isinstance(error, Exception):  # Ctrl-C has also reached a compiler that was at work
+        if self.signal and isinstance(error, Exception) and not isinstance(error, RunFailed | OSError):
+            # Ctrl-C has also reached a compiler that was at work.
             raise KeyboardInterrupt(self.signal) from error
 
     def summary(self, global_step):
@@ -955,7 +966,7 @@ def check_args(args):
         raise UserError("--norm-adv needs minibatches of at least 2 samples")
     if args.total_timesteps < batch:
         raise UserError(f"--total-timesteps is shorter than one iteration of {batch} steps")
-    if args.cuda and not torch.cuda.is_available():
+    if args.cuda and not args.evaluate and not torch.cuda.is_available():
         raise UserError("--cuda: torch finds no CUDA device here")
 
 
@@ -967,7 +978,9 @@ def main(argv=None) -> int:
         if not args.evaluate:
             run_dir = Path(result["checkpoint"]).parent
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
-            say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
+            done = result["global_step"] >= args.total_timesteps
+            longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""
+            say(f"to go on:    python {SCRIPT}.py --resume {run_dir}{longer}")
             say(f"to plot:     tensorboard --logdir {run_dir}")
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
         print(json.dumps(result), flush=True)

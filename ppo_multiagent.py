@@ -34,8 +34,9 @@ no longer noise in agent g's advantage. That such a critic does not bias the pol
 Agent g's own action must not be among its inputs: then b could not leave the sum, and the gradient would be biased.
 
 What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for what is not
-there. Left out are recurrence and the Huber loss. Different on purpose: four minibatches where the paper advises one,
-because simple_spread is learned faster, and values that are bootstrapped at a time limit.
+there. Left out are recurrence, layer norm, and the clipped Huber loss of the value. Different on purpose: four
+minibatches where the paper advises one, because simple_spread is learned faster; values that are bootstrapped at a time
+limit; and an agent that leaves before the others has no part in what its team gets later.
 
     python ppo_multiagent.py                                                    # MAPPO on simple_spread: one minute
     python ppo_multiagent.py --algorithm ippo --no-share-params
@@ -103,7 +104,7 @@ class Args:
     cuda: bool = False  # train on the GPU; built-in worlds run there, too, a whole rollout as one CUDA graph
     compile: bool = True  # torch.compile the update; by default only where it pays, from 200 000 steps
     run_dir: str | None = None  # this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)
-    checkpoint_every: int = 100_000  # write a checkpoint whenever global_step passes a multiple of this
+    checkpoint_every: int = 100_000  # write a checkpoint at multiples of this; it cuts off the episodes in flight
     resume: str | None = None  # a checkpoint or run folder to go on from; flags that are not given keep its values
     stop_at_step: int | None = None  # end this process, with a checkpoint, at the first iteration end past this step
     evaluate: str | None = None  # no training: run this checkpoint without noise and print one line of JSON
@@ -321,7 +322,7 @@ class Team(nn.Module):
     def update_statistics(self, rollout, returns):
         """Let a rollout's observations, states and returns (T, N, G) enter the running statistics, where agents live.
 
-        NOTE: the critic's last layer is rescaled so that no value changes (PopArt, van Hasselt et al. 2016, eq. 9).
+        NOTE: the critic's last layer is rescaled so that new units change no value (PopArt, van Hasselt et al. 2016).
         Without that a growing standard deviation would stretch all values, the next targets bootstrap from these, and
         on simple_spread both grow without limit within 100 000 steps."""
         old_mean, old_std = (x.view(-1, 1, 1) for x in self.value_scale())
@@ -957,7 +958,8 @@ MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is
 
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
-    if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
+    fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # as a float32; false for nan, too
+    if not fits or not math.isfinite(reward or 0.0):
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
         what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
@@ -1030,8 +1032,8 @@ class ParallelEnv(gym.Env):
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
         if not self.discrete and not all(isinstance(s, gym.spaces.Box) and s.is_bounded() for s in self.spaces):
             raise UserError(f"{args.env_id} has action spaces {self.spaces}; this script does Discrete or bounded Box")
-        if any(len(space.shape or ()) > 2 for space in self.obs_spaces):
-            raise UserError(f"{args.env_id} has observations {self.obs_spaces}; this script is not for images")
+        if any(space.shape is None or len(space.shape) > 2 for space in self.obs_spaces):
+            raise UserError(f"{args.env_id} has observations {self.obs_spaces}; this script is not for images or Dicts")
         widths = np.array([gym.spaces.flatdim(space) for space in self.spaces])
         self.num_agents, A = len(self.names), int(widths.max())
         self.own_actions = np.arange(A) < widths[:, None]  # (G, A)
@@ -1059,7 +1061,7 @@ class ParallelEnv(gym.Env):
                 x = checked(self.seen(obs[name]), space.shape, None if rewards is None else rewards.get(name, 0.0))
                 view["obs"][g, : gym.spaces.flatdim(space)] = gym.spaces.flatten(space, x)
                 own = obs[name] if isinstance(obs[name], dict) else infos.get(name, {})
-                if self.discrete and "action_mask" in own:
+                if self.discrete and np.any(own.get("action_mask", 0)):  # of no use is a mask that leaves nothing
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
         view["state"] = np.asarray(self.env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
         view["alive"] = np.array([name in self.env.agents for name in self.names], np.float32)
@@ -1179,6 +1181,10 @@ class TeamActors:
                 pipe.send(seeds)
             answers = [perform(self.own, seeds)] + [pipe.recv() for _, pipe in self.workers]
         except (EOFError, OSError) as error:
+            for _, pipe in self.workers:  # one that could not make its environments has said why
+                with contextlib.suppress(EOFError, OSError):
+                    if pipe.poll() and (answer := pipe.recv()):
+                        raise RunFailed(answer) from error
             codes = [process.exitcode for process, _ in self.workers if process.join(0.1) or not process.is_alive()]
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
         for answer in answers:
@@ -1373,8 +1379,9 @@ class Run:
     def adapted(self, name, flag):
         """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
         value = getattr(self.args, flag)
-        same = self.checkpoint and self.checkpoint["args"][flag] == value
-        return self.checkpoint["adapted"].get(name, value) if same else value
+        if self.checkpoint and self.checkpoint["args"].get(flag) != value:
+            self.checkpoint["adapted"].pop(name, None)  # nor may __enter__ write it into a new folder
+        return self.checkpoint.get("adapted", {}).get(name, value)
 
     def save(self, global_step, **adapted):
         saved = {"script": SCRIPT, "args": asdict(self.args), "global_step": global_step, "wall_time": self.wall_time}
@@ -1387,7 +1394,7 @@ class Run:
         args, terminal = self.args, sys.stderr.isatty()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.csv = open(self.dir / "progress.csv", "a+", buffering=1)
+            self.csv = open(self.dir / "progress.csv", "a+", buffering=1, newline="\n")
             with contextlib.suppress(ImportError):  # Windows has no fcntl
                 import fcntl
 
@@ -1402,6 +1409,10 @@ class Run:
             raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
         self.csv.truncate(len("".join(lines[:1] + kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
+        limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
+        if args.checkpoint_every < 4 * args.num_envs * limit:
+            steps = args.checkpoint_every // args.num_envs
+            say(f"a checkpoint cuts off all episodes, here every {steps} steps: long ones are counted too seldom")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
@@ -1448,7 +1459,8 @@ class Run:
             x.close()
         for number, before in self.handlers.items():
             signal.signal(number, before)
-        if self.signal and isinstance(error, Exception):  # Ctrl-C has also reached a compiler that was at work
+        if self.signal and isinstance(error, Exception) and not isinstance(error, RunFailed | OSError):
+            # Ctrl-C has also reached a compiler that was at work.
             raise KeyboardInterrupt(self.signal) from error
 
     def summary(self, global_step):
@@ -1484,7 +1496,7 @@ def evaluate(args) -> dict:
         folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{global_step}"
         returns = run_episodes(args, team, world, folder, name)  # (K, G)
     elif args.capture_video:
-        raise UserError(f"{args.env_id} is built in and draws nothing; --env-id mpe2.simple_spread_v3 does")
+        raise UserError(f"{args.env_id} is built in and draws nothing: only PettingZoo environments can be filmed")
     elif isinstance(world, SelfPlay):
         generator = torch.Generator().manual_seed(args.seed)
         returns = match(world.game, player(team), random_player(generator))[:, None]
@@ -1593,7 +1605,7 @@ def check_args(args):
         f"--num-steps must be at least {moves}, or a long game would never end": args.num_steps >= moves,
         f"--num-envs must be a multiple of {SelfPlay.HAND} in a game": not game or args.num_envs % SelfPlay.HAND == 0,
         f"--env-kwargs {args.env_kwargs} is not a JSON object": is_object,
-        "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
+        "--cuda: torch finds no CUDA device here": bool(args.evaluate) or not args.cuda or torch.cuda.is_available(),
     }
     for message, holds in rules.items():
         if not holds:
@@ -1608,7 +1620,9 @@ def main(argv=None) -> int:
         if not args.evaluate:
             run_dir = Path(result["checkpoint"]).parent
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
-            say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
+            done = result["global_step"] >= args.total_timesteps
+            longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""
+            say(f"to go on:    python {SCRIPT}.py --resume {run_dir}{longer}")
             say(f"to plot:     tensorboard --logdir {run_dir}")
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
         print(json.dumps(result), flush=True)

@@ -62,7 +62,7 @@ Departures from the paper:
     python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: about two minutes
     python trpo_continuous.py --kl-constraint max --max-kl 0.2                # bounds the largest KL, not the mean
     python trpo_continuous.py --form penalized --beta-schedule adaptive       # the price follows the KL
-    python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on, bit for bit
+    python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on from its checkpoint
     python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__DATE    # prints one line of JSON
 
 Expect after 1M steps, of ten seeds: Hopper-v4 2100-3500, Walker2d-v4 1700-4100, HalfCheetah-v4 1600-5200.
@@ -121,14 +121,14 @@ class Args:
     cuda: bool = False  # train on the GPU (with 64-64 networks and few environments a CPU core is faster)
     compile: bool = True  # torch.compile the critic's update; by default only where it pays, from 200 000 steps
     run_dir: str | None = None  # this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)
-    checkpoint_every: int = 100_000  # write a checkpoint whenever global_step passes a multiple of this
+    checkpoint_every: int = 100_000  # write a checkpoint at multiples of this; it cuts off the episodes in flight
     resume: str | None = None  # a checkpoint or run folder to go on from; flags that are not given keep its values
     stop_at_step: int | None = None  # end this process, with a checkpoint, at the first iteration end past this step
     evaluate: str | None = None  # no training: run this checkpoint without noise and print one line of JSON
     eval_episodes: int = 10  # with --evaluate: the number of episodes
     capture_video: bool = False  # with --evaluate: write a video of every episode beside the checkpoint
 
-    num_envs: int = 8  # N, parallel environments (what matters is N * T)
+    num_envs: int = 8  # N, parallel environments; N * T is the batch
     num_steps: int = 256  # T, steps in each environment per iteration; N * T = 2048
     num_workers: int = CORES  # processes that run the environments, this one included; 0: only this one
 
@@ -536,7 +536,7 @@ def train(args: Args) -> dict:
             rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)
 
             # ---- estimate advantages ---------------------------------------------------------------------------------
-            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
+            # NOTE: acting and updating must scale observations alike, or the data would not be pi_old's. So the
             # statistics take in a rollout only after the update has learned from it. The first one is the exception: a
             # new policy's last layer is so small that scaling hardly changes how it acts, while a critic that starts on
             # raw rewards (Hopper: a value loss of 14 instead of 0.1) needs tens of thousands of steps to recover.
@@ -607,7 +607,8 @@ MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is
 
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
-    if np.shape(obs) != shape or not np.isfinite(obs).all() or not math.isfinite(reward or 0.0):
+    fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # as a float32; false for nan, too
+    if not fits or not math.isfinite(reward or 0.0):
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
         what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
@@ -733,6 +734,10 @@ class Actors:
                 pipe.send(seeds)
             answers = [self.own.run(seeds)] + [pipe.recv() for _, pipe in self.workers]
         except (EOFError, OSError) as error:
+            for _, pipe in self.workers:  # one that could not make its environments has said why
+                with contextlib.suppress(EOFError, OSError):
+                    if pipe.poll() and (answer := pipe.recv()):
+                        raise RunFailed(answer) from error
             codes = [process.exitcode for process, _ in self.workers if process.join(0.1) or not process.is_alive()]
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
         for answer in answers:
@@ -943,8 +948,9 @@ class Run:
     def adapted(self, name, flag):
         """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
         value = getattr(self.args, flag)
-        same = self.checkpoint and self.checkpoint["args"][flag] == value
-        return self.checkpoint["adapted"].get(name, value) if same else value
+        if self.checkpoint and self.checkpoint["args"].get(flag) != value:
+            self.checkpoint["adapted"].pop(name, None)  # nor may __enter__ write it into a new folder
+        return self.checkpoint.get("adapted", {}).get(name, value)
 
     def save(self, global_step, **adapted):
         saved = {"script": SCRIPT, "args": asdict(self.args), "global_step": global_step, "wall_time": self.wall_time}
@@ -957,7 +963,7 @@ class Run:
         args, terminal = self.args, sys.stderr.isatty()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.csv = open(self.dir / "progress.csv", "a+", buffering=1)
+            self.csv = open(self.dir / "progress.csv", "a+", buffering=1, newline="\n")
             with contextlib.suppress(ImportError):  # Windows has no fcntl
                 import fcntl
 
@@ -972,6 +978,10 @@ class Run:
             raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
         self.csv.truncate(len("".join(lines[:1] + kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
+        limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
+        if args.checkpoint_every < 4 * args.num_envs * limit:
+            steps = args.checkpoint_every // args.num_envs
+            say(f"a checkpoint cuts off all episodes, here every {steps} steps: long ones are counted too seldom")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
@@ -1018,7 +1028,8 @@ class Run:
             x.close()
         for number, before in self.handlers.items():
             signal.signal(number, before)
-        if self.signal and isinstance(error, Exception):  # Ctrl-C has also reached a compiler that was at work
+        if self.signal and isinstance(error, Exception) and not isinstance(error, RunFailed | OSError):
+            # Ctrl-C has also reached a compiler that was at work.
             raise KeyboardInterrupt(self.signal) from error
 
     def summary(self, global_step):
@@ -1121,7 +1132,7 @@ def check_args(args):
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
         f"--backtrack-coeff {args.backtrack_coeff} must be smaller than 1": args.backtrack_coeff < 1,
         f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
-        "--cuda: torch finds no CUDA device here": not args.cuda or torch.cuda.is_available(),
+        "--cuda: torch finds no CUDA device here": bool(args.evaluate) or not args.cuda or torch.cuda.is_available(),
     }
     for message, holds in rules.items():
         if not holds:
@@ -1136,7 +1147,9 @@ def main(argv=None) -> int:
         if not args.evaluate:
             run_dir = Path(result["checkpoint"]).parent
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
-            say(f"to go on:    python {SCRIPT}.py --resume {run_dir} --total-timesteps {2 * args.total_timesteps}")
+            done = result["global_step"] >= args.total_timesteps
+            longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""
+            say(f"to go on:    python {SCRIPT}.py --resume {run_dir}{longer}")
             say(f"to plot:     tensorboard --logdir {run_dir}")
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
         print(json.dumps(result), flush=True)

@@ -227,6 +227,36 @@ def test_learning_rate_flag_beats_the_adapted_rate(tmp_path):
     assert float(rows(tmp_path / "d")[0]["learning_rate"]) == pytest.approx(1e-3 * (1 - 512 / 2048))
 
 
+@pytest.mark.parametrize(
+    "name,adaptive,flag,column",
+    [
+        (
+            "ppo_clip",
+            ["--lr-schedule", "kl-adaptive", "--kl-lr-target", "1"],
+            ("--learning-rate", 1e-4),
+            "learning_rate",
+        ),
+        ("ppo_klpen", ["--kl-target", "1"], ("--beta-init", 5.0), "beta"),
+        ("trpo_continuous", ["--form", "penalized", "--beta-schedule", "adaptive"], ("--beta", 5.0), "beta"),
+    ],
+)
+def test_a_flag_given_to_a_branch_outlives_its_death(name, adaptive, flag, column, tmp_path, monkeypatch):
+    """The branch dies in its first iteration: its first checkpoint must not bring the adapted value back."""
+    script = importlib.import_module(name)
+    run(script, "--run-dir", tmp_path / "a", "--stop-at-step", 512, *adaptive, small=small_for(script))
+
+    def die(*args, **kwargs):
+        raise script.RunFailed("dead")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Actors, "collect", die)
+        branch = ["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b"), flag[0], str(flag[1])]
+        assert script.main(branch) == 1
+    assert script.main(["--resume", str(tmp_path / "b"), "--stop-at-step", "640"]) == 0
+    (key,) = [key for key in rows(tmp_path / "b")[0] if key == column]
+    assert float(rows(tmp_path / "b")[0][key]) == pytest.approx(flag[1])
+
+
 def test_rows_past_the_checkpoint_are_cut_off(trainer, tmp_path):
     run(trainer, "--run-dir", tmp_path / "a", "--stop-at-step", 1024, small=small_for(trainer))
     path = tmp_path / "a" / "progress.csv"
@@ -622,6 +652,39 @@ def test_damaged_and_foreign_checkpoints(trainer, tmp_path, capsys):
 # ---- failures: one line, status 1, the last checkpoint stays ---------------------------------------------------------
 
 
+def test_a_failure_after_a_signal_is_no_clean_stop(tmp_path, capsys, monkeypatch):
+    import ppo_clip
+
+    def fail(self, *args):
+        self.signal = signal.SIGTERM
+        raise ppo_clip.RunFailed("the disk is full")
+
+    monkeypatch.setattr(ppo_clip.Run, "log", fail)
+    assert run(ppo_clip, "--run-dir", tmp_path / "a") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "ppo_clip.py: the disk is full"
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_the_command_to_go_on_is_about_the_same_run_or_a_longer_one(name, tmp_path, capsys):
+    script = importlib.import_module(name)
+    flags = ["--run-dir", tmp_path / "a"]
+    for more, end in ((["--stop-at-step", 512], ""), ([], " --total-timesteps 4096")):
+        assert script.main([*small_for(script), *map(str, [*flags, *more])]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert f"{name}.py: to go on:    python {name}.py --resume {tmp_path / 'a'}{end}" in lines
+        flags = ["--resume", tmp_path / "a"]
+
+
+def test_checkpoints_that_cut_off_long_episodes_are_a_line(tmp_path, capsys):
+    import ppo_clip
+
+    line = "ppo_clip.py: a checkpoint cuts off all episodes, here every {} steps: long ones are counted too seldom"
+    for every, told in ((512, True), (4000, False)):  # CartPole-v1 has up to 500 steps; two environments
+        flags = ["--run-dir", tmp_path / str(every), "--stop-at-step", 128, "--checkpoint-every", every]
+        assert run(ppo_clip, *flags) == 0
+        assert (line.format(every // 2) in capsys.readouterr().err) == told
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     import ppo_clip
 
@@ -677,6 +740,16 @@ def test_evaluate_prints_one_json_line(trainer, tmp_path, capsys):
         np.std(result["returns"])
     )
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+
+
+def test_what_a_gpu_has_trained_is_evaluated_without_one(trainer, tmp_path, monkeypatch):
+    run(trainer, "--run-dir", tmp_path / "a", "--stop-at-step", 128, small=small_for(trainer))
+    state = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+    state["args"]["cuda"] = True
+    torch.save(state, tmp_path / "a" / "checkpoint.pt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert trainer.main(["--evaluate", str(tmp_path / "a"), "--eval-episodes", "1"]) == 0
+    assert trainer.main(["--resume", str(tmp_path / "a")]) == 2
 
 
 def test_capture_video(tmp_path, capsys, monkeypatch):

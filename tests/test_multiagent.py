@@ -830,6 +830,11 @@ def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
     assert "draws nothing" in capsys.readouterr().err
 
 
+def test_a_mask_that_allows_nothing_leaves_an_agent_its_own_actions(tmp_path):
+    """Those of the widest agent would make the environment fail."""
+    train(tmp_path, "--env-id", "toy_parallel.waiting", "--num-envs", 8, "--total-timesteps", 200)
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -841,6 +846,7 @@ def test_self_play_gets_stronger_and_is_evaluated(tmp_path, capsys):
         (["--algorithm", "selfplay", "--num-envs", "12"], "--num-envs must be a multiple of 8"),
         (["--algorithm", "selfplay", "--num-steps", "16"], "--num-steps must be at least 21"),
         (["--env-id", "toy_parallel.pictures"], "this script is not for images"),
+        (["--env-id", "toy_parallel.nested"], "this script is not for images or Dicts"),
         (["--env-id", "no_such_env"], "there is no environment no_such_env"),
         (["--env-id", "toy_parallel.nothing"], "there is no environment toy_parallel.nothing"),
         (["--env-id", "toy_parallel.matrix", "--env-kwargs", "{"], "is not a JSON object"),

@@ -258,6 +258,35 @@ def test_a_wide_observation_that_is_not_finite_is_one_line(tmp_path, capsys, mon
     assert len(lines[1]) < 300
 
 
+def test_an_observation_too_large_for_a_float32_is_one_line(tmp_path, capsys, monkeypatch):
+    import numpy as np
+    import toy_envs
+
+    import ppo_clip
+
+    monkeypatch.setattr(toy_envs.NoRenderMode, "observe", lambda self: np.array([1e39]))
+    assert run(ppo_clip, "--env-id", "toy_envs:NoRenderMode-v0", "--run-dir", tmp_path / "a") == 1
+    assert "reset() returned the observation [1.e+39]: not finite" in capsys.readouterr().err
+
+
+def test_an_environment_that_only_a_worker_cannot_make_says_why(tmp_path, capsys, monkeypatch):
+    import toy_envs
+
+    import ppo_clip
+
+    parent = os.getpid()
+
+    def init(self):
+        if os.getpid() != parent:
+            raise RuntimeError("no licence is left")
+
+    monkeypatch.setattr(toy_envs.NoRenderMode, "__init__", init)
+    monkeypatch.setattr(ppo_clip.Environments, "run", lambda self, seeds: time.sleep(1))  # the worker is gone by then
+    flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--run-dir", tmp_path / "a", "--num-workers", 2]
+    assert run(ppo_clip, *flags) == 1
+    assert "no licence is left" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("call,after,at", [("step", 20, 20), ("reset", 20, 19), ("reset", 0, 0)])
 def test_the_failing_environment_is_named_wherever_it_stands(call, after, at, tmp_path, capsys, monkeypatch):
     import ppo_clip

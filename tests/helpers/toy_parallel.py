@@ -146,6 +146,26 @@ class Mixed(Mortals):
     action_spaces = Mortals.action_spaces | {"wide": Box(-1, 1, (2,))}
 
 
+class Waiting(Mortals):
+    """Agent "short" may do nothing at all in its first step, and its mask says so."""
+
+    def observe(self, names):
+        obs = super().observe(names)
+        if "short" in obs and self.clock == 0:
+            obs["short"]["action_mask"] = np.zeros(2, np.int8)
+        return obs
+
+    def step(self, actions):
+        assert "short" not in actions or actions["short"] in (5, 6)
+        return super().step(actions | ({"short": 6} if self.clock == 0 else {}))
+
+
+class Nested(Alone):
+    """An agent that sees a Dict: refused."""
+
+    observation_spaces = {"only": Dict({"left": Box(0, 1, (1,)), "right": Box(0, 1, (1,))})}
+
+
 class Pictures(Alone):
     """An agent that sees an image: refused."""
 
@@ -154,5 +174,8 @@ class Pictures(Alone):
 
 TROUBLE = {f"broken_{x}": type("Broken", (Broken,), {"trouble": x}) for x in ("raise", "nan", "reward", "shape")}
 NAMED = {"mixed": Mixed, "matrix": MatrixGame, "mortals": Mortals, "alone": Alone, "thrusters": Thrusters}
-for name, env in (NAMED | {"leavers": Leavers, "pictures": Pictures} | TROUBLE).items():
+NAMED |= {"leavers": Leavers, "pictures": Pictures, "waiting": Waiting, "nested": Nested}
+for name, env in (
+    NAMED | {"leavers": Leavers, "pictures": Pictures, "waiting": Waiting, "nested": Nested} | TROUBLE
+).items():
     globals()[name] = type(name, (), {"parallel_env": env})
