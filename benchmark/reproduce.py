@@ -26,6 +26,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,22 +200,36 @@ def thinned(setting, env, seed, progress):
 
 
 def stored_elsewhere(study, results, setting, env, seed, steps):
-    """The rows of the same command (script, flags, environment, seed, steps) that another study has stored, or None."""
+    """The rows of the same command (script, flags, environment, seed, steps) that another study has stored, and what is
+    known of where they come from: of the study that was stored last. None, None if there is none."""
+    found = []
     for name, other in STUDIES.items():
         for twin in other.settings:
             if name != study and (twin.script, twin.flags, twin.env) == (setting.script, setting.flags, setting.env):
                 rows = read(name, results).get((twin.name, env, seed), [])
                 if rows and steps <= int(rows[-1]["step"]) < steps + 8192:  # 8192: one iteration, surely
-                    return [row | {"global_step": row["step"]} for row in rows]
-    return None
+                    origin = origins(name, results)[-1]
+                    rows = [row | {"global_step": row["step"]} for row in rows]
+                    found.append((origin.get("date", ""), rows, origin | {"copied from": name}))
+    return max(found, key=lambda x: x[0])[1:] if found else (None, None)
 
 
-def store(study, results, setting, env, seed, progress):
-    """Add a finished run, and say with which versions."""
+def origins(study, results):
+    """Where the rows of a study come from: dates, machines and versions, the oldest first."""
+    path = results / f"{study}.json"
+    known = json.loads(path.read_text()) if path.exists() else [{}]
+    return known if isinstance(known, list) else [known]
+
+
+def store(study, results, setting, env, seed, progress, origin=None):
+    """Add a finished run, and say with which versions it was made, if they are not those of an earlier one."""
     write(study, results, read(study, results) | {(setting.name, env, seed): thinned(setting, env, seed, progress)})
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")}
-    about = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu_name()} | versions
-    (results / f"{study}.json").write_text(json.dumps(about, indent=1) + "\n")
+    if origin is None:
+        versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")}
+        now = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu_name()}
+        origin = now | versions
+    known = [x for x in origins(study, results) if x and x != origin] + [origin]
+    (results / f"{study}.json").write_text(json.dumps(known, indent=1) + "\n")
 
 
 def cpu_name():
@@ -296,7 +311,7 @@ class Run:
             return [*program, *same, *flags, "--csv", self.folder / "progress.csv", "--fresh", 50]
         script = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
         if (self.folder / "checkpoint.pt").exists():
-            return [*script, "--resume", self.folder]
+            return [*script, "--resume", self.folder, "--total-timesteps", self.steps]
         flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
         return [*script, *flags, "--run-dir", self.folder, *self.setting.flags]
 
@@ -305,7 +320,8 @@ class Run:
         command = list(map(str, self.command()))
         sb3 = self.setting.script == "benchmark/sb3.py"
         out = open(self.folder / "fresh.json", "w") if sb3 else subprocess.DEVNULL
-        self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.PIPE, text=True)
+        self.errors = tempfile.TemporaryFile("w+")  # not a pipe: a long run would fill it, and wait for a reader
+        self.process = subprocess.Popen(command, env=env, stdout=out, stderr=self.errors)
 
     def progress(self):
         """The rows of progress.csv so far."""
@@ -320,13 +336,15 @@ class Run:
 
 def reproduce(name, study, workers, results, folder, stop=()):
     """Run what is missing of a study, `workers` at a time. Returns the number of runs that failed. As soon as there is
-    something in `stop`, it stops its runs, each with a checkpoint, and returns."""
-    for run in study.runs():
-        rows = (run[0].name, *run[1:]) not in read(name, results) and stored_elsewhere(name, results, *run, study.steps)
+    something in `stop`, it stops its runs, each with a checkpoint, and returns. A shorter trial run does not count."""
+    stored = {key for key, rows in read(name, results).items() if int(rows[-1]["step"]) >= study.steps}
+    missing, todo = [run for run in study.runs() if (run[0].name, *run[1:]) not in stored], []
+    for run in missing:
+        rows, origin = stored_elsewhere(name, results, *run, study.steps)
         if rows:
-            store(name, results, *run, rows)
-    stored = read(name, results)
-    todo = [Run(name, study.steps, folder, *run) for run in study.runs() if (run[0].name, *run[1:]) not in stored]
+            store(name, results, *run, rows, origin)
+        else:
+            todo.append(Run(name, study.steps, folder, *run))
     total, failed, running = len(todo), 0, []
     bar = tqdm(total=sum(run.steps for run in todo), unit=" steps", unit_scale=True, smoothing=0.05)
     bar.update(sum(run.step() for run in todo))
@@ -341,9 +359,8 @@ def reproduce(name, study, workers, results, folder, stop=()):
                 running.remove(run)
                 if run.process.returncode:
                     failed += 1
-                    tqdm.write(
-                        f"{run.folder.name}: status {run.process.returncode}: {run.process.stderr.read().strip()}"
-                    )
+                    run.errors.seek(0)
+                    tqdm.write(f"{run.folder.name}: status {run.process.returncode}: {run.errors.read().strip()}")
                 else:
                     finished += run.steps
                     store(name, results, run.setting, run.env, run.seed, run.progress())
@@ -380,11 +397,16 @@ def populate(folder, slots, env, steps, seed, members, *flags, script_flags=()):
     return folder
 
 
-def legs(folder):
-    """The finished legs of a population, in their order."""
+def events(folder):
+    """What has happened in a population, in its order."""
     path = folder / "events.jsonl"
     lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["event"] == "leg"]
+    return list(map(json.loads, lines))
+
+
+def legs(folder):
+    """Its finished legs."""
+    return [event for event in events(folder) if event["event"] == "leg"]
 
 
 def final_returns(folder):
@@ -406,7 +428,12 @@ def populations(env, steps, repetitions, slots, results, folder):
         row = {"repetition": repetition, "population": POPULATION, "total_timesteps": steps}
 
         def train(arm, *rest, repetition=repetition, **script_flags):
-            return populate(folder / f"{env}-{steps}" / f"{arm}-{repetition}", slots, env, steps, *rest, **script_flags)
+            where = populate(
+                folder / f"{env}-{steps}" / f"{arm}-{repetition}", slots, env, steps, *rest, **script_flags
+            )
+            if arm != "pbt" and any(event.get("copies") for event in events(where)):
+                sys.exit(f"{where}: a member failed and became a copy, so its members are not independent")
+            return where
 
         for arm, flags in (("pbt", ()), ("random", ("--quantile", 0))):
             folders[arm] = train(arm, seed, POPULATION, *SEARCH, *flags)

@@ -119,7 +119,33 @@ def test_a_run_that_another_study_has_is_copied(tmp_path):
     assert [(r["step"], r["episodic_return"]) for r in rows] == [("2048", "12345")]
     assert not (tmp_path / "runs").exists()
     shorter = dataclasses.replace(only, steps=20480)
-    assert reproduce.stored_elsewhere("trpo-forms", tmp_path / "results", same, "Hopper-v4", 1, shorter.steps) is None
+    elsewhere = reproduce.stored_elsewhere("trpo-forms", tmp_path / "results", same, "Hopper-v4", 1, shorter.steps)
+    assert elsewhere == (None, None)
+    (origin,) = reproduce.origins("trpo-forms", tmp_path / "results")
+    assert origin["copied from"] == "figure3" and origin["torch"]
+
+
+def test_of_two_twins_the_newer_one_is_copied_and_origins_add_up(tmp_path):
+    (same,) = (s for s in reproduce.STUDIES["v4"].settings if s.script == "trpo_continuous.py")
+    for name, date, value in (("v4", "2026-11-26", 1), ("figure3", "2026-11-27", 2)):
+        (twin,) = (s for s in reproduce.STUDIES[name].settings if s.script == "trpo_continuous.py")
+        row = {"global_step": 2048, "episodic_return": value, "kl": 0, "learning_rate": 0}
+        reproduce.store(name, tmp_path, twin, "Hopper-v4", 1, [row], {"date": date})
+    rows, origin = reproduce.stored_elsewhere("pendulums", tmp_path, same, "Hopper-v4", 1, 2048)
+    assert rows[0]["episodic_return"] == "2" and origin == {"date": "2026-11-27", "copied from": "figure3"}
+    for date in ("2026-11-28", "2026-11-28", "2026-11-29"):
+        reproduce.store("v4", tmp_path, same, "Hopper-v4", 1, [row], {"date": date})
+    assert [x["date"] for x in reproduce.origins("v4", tmp_path)] == ["2026-11-26", "2026-11-28", "2026-11-29"]
+
+
+def test_a_short_trial_does_not_count_as_the_study(tmp_path):
+    study = reproduce.STUDIES["cartpole"]
+    row = {"global_step": 2048, "episodic_return": 9, "kl": 0, "learning_rate": 0}
+    reproduce.store("cartpole", tmp_path, study.settings[0], "CartPole-v1", 1, [row])
+    only, stop = dataclasses.replace(study, seeds=1, steps=4096), []
+    assert reproduce.reproduce("cartpole", only, 1, tmp_path, tmp_path / "runs", stop) == 0
+    (rows,) = reproduce.read("cartpole", tmp_path).values()
+    assert int(rows[-1]["step"]) == 4096
 
 
 @pytest.mark.slow
@@ -154,6 +180,24 @@ def test_normalised_scores_of_a_worked_example():
     }  # fmt: skip
     scores = plot.normalised(found, ["Hopper-v4", "Swimmer-v4"])
     assert scores["a"] == pytest.approx({1: 0.25, 2: 0.75}) and scores["b"] == pytest.approx({1: 0.5, 2: 0.75})
+
+
+def test_scores_are_of_the_seeds_that_all_have():
+    found = {("a", "Hopper-v4"): {1: 1017.7, 2: 9e9}, ("b", "Hopper-v4"): {1: 517.7}}
+    assert plot.normalised(found, ["Hopper-v4"]) == {"a": {1: pytest.approx(1)}, "b": {1: pytest.approx(0.5)}}
+
+
+def test_the_interval_is_students():
+    pytest.importorskip("scipy")
+    assert plot.interval([1.0, 2.0, 3.0]) == "-0.48 to 4.48"  # 2 +- 4.303 / sqrt(3)
+    assert plot.interval([1.0]) == ""
+
+
+def test_a_return_at_a_step_lies_on_the_line_between_its_neighbours(tmp_path):
+    setting = reproduce.STUDIES["cartpole"].settings[0]
+    rows = [{"global_step": x, "episodic_return": x / 10, "kl": 0, "learning_rate": 0} for x in (1000, 2000)]
+    reproduce.store("cartpole", tmp_path, setting, "CartPole-v1", 1, rows)
+    assert plot.returns("cartpole", tmp_path, 1250) == {("ppo_clip.py", "CartPole-v1"): {1: pytest.approx(125)}}
 
 
 def test_table_1_has_the_papers_eleven_rows():
