@@ -137,7 +137,7 @@ class Args:
     max_kl: float = 0.02  # constrained: the bound; adaptive beta: the KL of an iteration to steer for
     beta: float = 1.0  # penalized: the weight of the KL; where it is adaptive, its first value
     beta_schedule: Literal["fixed", "adaptive"] = "fixed"  # penalized: always beta, or steer the KL (PPO section 4)
-    cg_iters: int = 10  # iterations of conjugate gradients (App. C); on a stiff problem 10 gain 82-85 % of what 40 do
+    cg_iters: int = 10  # iterations of conjugate gradients (App. C); on a stiff problem 10 gain 85 % of what 40 do
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
     fvp_subsample: int = 1  # F from every k-th step of all environments (the paper: a tenth of the states); 5 saves 4 %
     backtrack_coeff: float = 0.8  # c, from one candidate of the line search to the next

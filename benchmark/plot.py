@@ -58,36 +58,40 @@ FIGURE3 = {  # PPO paper, Figure 3 (v1): the curves' ends, as Tianshou's authors
 
 
 def returns(study, results, at=None):
-    """{(setting, env): {seed: episodic_return}} at the end, or at the stored point that is nearest to a step."""
+    """{(setting, env): {seed: episodic_return}} at the end, or at a step, on a straight line between stored points."""
     found = {}
     for (setting, env, seed), rows in read(study, results).items():
-        row = min(rows, key=lambda row: abs(int(row["step"]) - at)) if at else rows[-1]
-        found.setdefault((setting, env), {})[seed] = float(row["episodic_return"])
+        points = [(int(row["step"]), float(row["episodic_return"])) for row in rows]
+        value = float(np.interp(at, *zip(*points, strict=True))) if at else points[-1][1]
+        found.setdefault((setting, env), {})[seed] = value
     return found
 
 
 def normalised(found, envs):
     """{setting: {seed: score}} as in the PPO paper's Table 1: per environment 0 is a random policy and 1 the best
-    setting's mean; averaged over environments. Only settings and seeds that have all of them."""
+    setting's mean; averaged over environments. Of the seeds that all settings have in all of these environments."""
     settings = dict.fromkeys(setting for setting, _ in found)
-    best = {env: max(statistics.fmean(x.values()) for (_, e), x in found.items() if e == env) for env in envs}
-    scores = {}
-    for setting in settings:
-        seeds = set.intersection(*(set(found.get((setting, env), {})) for env in envs))
-        for seed in sorted(seeds):
-            each = [(found[setting, env][seed] - RANDOM[env]) / (best[env] - RANDOM[env]) for env in envs]
-            scores.setdefault(setting, {})[seed] = statistics.fmean(each)
-    return scores
+    seeds = sorted(set.intersection(*(set(found[setting, env]) for setting in settings for env in envs)))
+    means = {key: statistics.fmean(x[seed] for seed in seeds) for key, x in found.items() if seeds and key[1] in envs}
+    best = {env: max(x for (_, e), x in means.items() if e == env) for env in envs if seeds}
+
+    def score(setting, seed):
+        each = [(found[setting, env][seed] - RANDOM[env]) / (best[env] - RANDOM[env]) for env in envs]
+        return statistics.fmean(each)
+
+    return {setting: {seed: score(setting, seed) for seed in seeds} for setting in settings}
 
 
 def interval(values):
-    """95 % bootstrap interval of the mean."""
-    from scipy.stats import bootstrap
+    """95 % interval of the mean by Student's t, as text. A bootstrap of three values gives their range."""
+    from scipy.stats import t
 
-    if len(set(values)) < 2:
-        return values[0], values[0]
-    result = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0))
-    return result.confidence_interval
+    if len(values) < 2:
+        return ""
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    digits = 2 if abs(mean) < 100 else 0
+    return f"{mean - half:.{digits}f} to {mean + half:.{digits}f}"
 
 
 def table(study, results):
@@ -95,10 +99,11 @@ def table(study, results):
     found, at = returns(study, results), STUDIES[study].at
     envs = [env for env in STUDIES[study].envs if any(e == env for _, e in found)]
     settings = [s.name for s in STUDIES[study].settings if any(setting == s.name for setting, _ in found)]
-    scores = normalised(found, envs) if study == "ppo-table1" else {}
+    whole = [env for env in envs if all((setting.name, env) in found for setting in STUDIES[study].settings)]
+    scores = normalised(found, whole) if study == "ppo-table1" and whole else {}
     columns = [(env, step) for env in envs for step in (*at, None)]
     heads = [f"{env}, {step or STUDIES[study].steps:,} steps" if at else env for env, step in columns]
-    head = ["setting", *heads] + (["normalised, 95 % interval", "paper"] if scores else [])
+    head = ["setting", *heads] + (["normalised (95 % interval)", "paper"] if scores else [])
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for setting in settings:
         cells = [setting]
@@ -109,7 +114,7 @@ def table(study, results):
             cells.append(f"{statistics.fmean(x):.{digits}f}{spread} ({len(x)})" if x else "")
         if scores:
             x = list(scores.get(setting, {}).values())
-            cells.append(f"{statistics.fmean(x):.2f}, {'-'.join(f'{v:.2f}' for v in interval(x))}" if x else "")
+            cells.append(f"{statistics.fmean(x):.2f} ({interval(x)})" if x else "")
             cells.append(f"{PAPER[setting]:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     if study == "figure3":
@@ -399,25 +404,23 @@ def populations(results):
         for arm, name in arms.items():
             x = [float(np.nanmean(row[arm])) for row in rows if arm in row]
             if x:
-                low, high = interval(x)
-                lines += [f"| {name} | {np.mean(x):.0f} | {low:.0f}-{high:.0f} | {', '.join(f'{v:.0f}' for v in x)} |"]
+                lines += [f"| {name} | {np.mean(x):.0f} | {interval(x)} | {', '.join(f'{v:.0f}' for v in x)} |"]
     return "\n".join(lines)
 
 
 SELFPLAY = {  # rows of the table: how seed 101 was trained, and its name in selfplay_study.json
-    "**the defaults**": "w32_g80_l80_e15",
-    "without windows": "m_lr10_g80_l80_e15",
-    "without windows, and with `--gae-lambda 0.5`": "m_lr10_g80_l50_e15",
-    "with the former flags": "w32",
-    "both: no windows and the former flags": "default_before_windows",
-    "both, `--hidden-size 256`, 6M moves": "w256_6M",
-    "without random openings": "w32_noopening",
-    "with `--hidden-size 256`": "w64_hidden256",
-    "with `--ent-final 1`": "w32_g80_l80_e15const",
-    "with `--ent-coef 0.05 --ent-final 1`": "w32_g80_l80_e05",
-    "with `--num-minibatches 64`": "w32_g80_l80_e15_mb64",
-    "with `--num-minibatches 8 --learning-rate 2e-2`": "w32_g80_l80_e15_mb8",
-    "with logits kept within 4 of zero by tanh": "w32_cap4",
+    "**the defaults**": "default",
+    "earlier: lines": "ln16g7",
+    "earlier: lines, `--opening-plies 24`": "ln16o24",
+    "earlier: lines, `--hidden-size 64`": "ln16h64",
+    "earlier: lines, 8 features of each, not 16": "ln8g7",
+    "earlier: lines, gamma and lambda 0.8": "ln16",
+    "earlier: squares, gamma and lambda 0.8": "w32_g80_l80_e15",
+    "earlier: the same, `--opening-plies 0`": "w32_noopening",
+    "earlier: the same, `--hidden-size 256`": "w64_hidden256",
+    "earlier: the same, `--ent-final 1`": "w32_g80_l80_e15const",
+    "earlier: neither, gamma and lambda 0.8": "m_lr10_g80_l80_e15",
+    "earlier: neither, gamma and lambda 0.95": "default_before_windows",
 }
 
 
@@ -437,7 +440,8 @@ def selfplay(results):
     lines += [line("uniformly random moves", rows[SELFPLAY["**the defaults**"], 101], *by_chance, games=(None, None))]
     measured = "wins_taken", "blocks", "right_moves"
     lines += [line(name, rows[variant, 101], *measured) for name, variant in SELFPLAY.items()]
-    lines += [line(f"the defaults, 10M moves, seed {seed}", rows["default", seed], *measured) for seed in (1, 2, 3)]
+    for name, variant in (("earlier: squares, 10M moves", "squares"), ("**the defaults, 20M moves**", "default")):
+        lines += [line(f"{name}, seed {seed}", rows[variant, seed], *measured) for seed in (1, 2, 3)]
     return "\n".join(lines)
 
 

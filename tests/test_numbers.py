@@ -156,11 +156,14 @@ def test_fresh_episodes():
     assert text in page("results.md")
 
 
-def difference(setting, baseline, env):
-    """Of the means over seeds, and its standard error."""
-    ours, other = ends("v4", setting, env), ends("v4-baselines", baseline, env)
+def apart(ours, other):
+    """The difference of the means over seeds, and its standard error."""
     error = (statistics.variance(ours) / len(ours) + statistics.variance(other) / len(other)) ** 0.5
     return statistics.fmean(ours) - statistics.fmean(other), error
+
+
+def difference(setting, baseline, env, study="v4"):
+    return apart(ends(study, setting, env), ends("v4-baselines", baseline, env))
 
 
 def test_differences_to_the_baselines():
@@ -172,6 +175,10 @@ def test_differences_to_the_baselines():
     text += f" {less[2]} less on HalfCheetah; trpo_continuous.py {less[3]} more than sb3-contrib's TRPO on Hopper,"
     assert f"{text} {less[4]} less on Walker2d, and {less[5]} more on HalfCheetah." in page("results.md")
     assert [x > 0 for x, _ in ppo + trpo] == [False, False, False, True, False, True]
+    same = [difference("trpo_continuous.py --gamma 0.99", "sb3-contrib TRPO", env, "v4-flags") for env in envs]
+    cells = [f"{abs(x):.0f} ± {error:.0f}" for x, error in same]
+    text = "trpo_continuous.py gets {} less on Hopper, {} more on Walker2d, and {} more on HalfCheetah.".format(*cells)
+    assert text in page("results.md") and [x > 0 for x, _ in same] == [False, True, True]
     worst = max(abs(x) / error for x, error in ppo)
     assert f"within {worst:.1f} standard errors on each of three environments" in page("ppo_clip.md")
 
@@ -226,18 +233,21 @@ def test_the_penalty():
 
 
 def test_gamma_helps():
-    assert "`--gamma 0.995` does better on Hopper and Walker2d" in page("ppo_clip.md")
-    for env in ("Hopper-v4", "Walker2d-v4"):
-        other = ends("v4-flags", "ppo_clip.py --gamma 0.995", env)
-        assert statistics.fmean(other) > statistics.fmean(ends("v4", "ppo_clip.py", env))
+    (walker, w), (hopper, h) = (
+        apart(ends("v4-flags", "ppo_clip.py --gamma 0.995", env), ends("v4", "ppo_clip.py", env))
+        for env in ("Walker2d-v4", "Hopper-v4")
+    )
+    text = f"`--gamma 0.995` gets {walker:.0f} ± {w:.0f} more on Walker2d; on Hopper {hopper:.0f} ± {h:.0f} more, which"
+    assert text in page("ppo_clip.md") and walker > 2 * w and 0 < hopper < 2 * h
 
 
 def test_random_openings():
     rows = {(row["variant"], row["seed"]): row for row in stored("selfplay_study")}
-    names = "w32_g80_l80_e15", "w32_noopening", "noopening", "default_before_windows"
-    with_them, without, former_without, former = (f"{rows[name, 101]['mcts-50']:.2f}" for name in names)
-    assert with_them == without and f"({with_them} either way)" in page("multiagent.md")
-    assert f"was stronger there ({former_without}, not {former})" in page("multiagent.md")
+    with_them, without = rows["w32_g80_l80_e15", 101], rows["w32_noopening", 101]
+    games = [f"{row['mcts-50']:.2f}" for row in (with_them, without)]
+    blocks = [f"{row['one_ply']['random']['blocks']:.2f}" for row in (with_them, without)]
+    assert games[0] == games[1] and f"against MCTS-50 ({games[0]} either way)" in page("multiagent.md")
+    assert "in random positions ({}, not {})".format(*blocks) in page("multiagent.md")
 
 
 def test_mirror_images():
