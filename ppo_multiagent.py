@@ -1269,6 +1269,7 @@ def compiled(function, cuda):
         config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
         config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
+    torch._dynamo.config.recompile_limit = 256  # shapes, of all calls of train() in one process; 8 would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
     loops = ("torch.ops.higher_order.scan", "torch.ops.higher_order.while_loop")
     config.unsafe_marked_cacheable_functions = dict.fromkeys(loops, torch.__version__)  # else every run compiles anew

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -123,6 +124,18 @@ def test_compiled_runs_of_different_shapes_in_one_process(tmp_path):
         for key, x in ours.items():
             torch.testing.assert_close(x, eager[key], rtol=1e-3, atol=1e-4)
     assert tensors(ppo_clip, tmp_path / "a") == tensors(ppo_clip, tmp_path / "d")
+
+
+def test_many_shapes_can_be_compiled_in_one_process(trainer, monkeypatch):
+    """The limit is of what is traced, whoever compiles it; torch's own is 8."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for n in range(1, 12):
+
+            def epoch(x=torch.zeros(n)):  # noqa: B008
+                return x + 1
+
+            assert trainer.compiled(epoch, False)().shape == (n,)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
