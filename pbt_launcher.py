@@ -77,7 +77,9 @@ class Args:
     run_dir: str = "pbt"  # folder of the whole population; with --executor ray one that every node sees
     total_timesteps: int = 1_000_000  # environment steps of each member
     population: int = 8  # number of members
-    interval: int = 50_000  # environment steps between two decisions: several episodes in each environment
+    interval: int = (
+        50_000  # environment steps between two decisions; each environment should end several episodes in it
+    )
     mutate: Repeated = field(default_factory=list)  # search NAME:KIND:LOW:HIGH (log, lin or int), or NAME:cat:A,B,C
     seed: int = 1  # all draws follow from it; member j begins with seed + j
 
@@ -115,8 +117,8 @@ def ranked(scores):
 
 
 def exploit(scores, args, rng):
-    """Who copies whom: {loser: donor}. scores: {member: score}. A member without a score has just copied another, or no
-    episode of its leg has ended, and those that never fall end late: nothing is known of it, so nothing is decided."""
+    """Who copies whom: {loser: donor}. scores: {member: score}. A member without a score has just become a copy, or no
+    episode ended in its leg, perhaps because it does well. Nothing is known of it, so it is left alone."""
     if args.quantile == 0 or args.replay:
         return {}
     scores = {m: x for m, x in scores.items() if is_score(x)}
@@ -314,6 +316,8 @@ class Population:
         with the fewest legs come first, so that with few slots nobody falls behind, and those that fail come last."""
         busy = {leg["member"] for leg, _ in running}
         members = [m for m in self.members.values() if m.id not in busy and m.legs <= m.decided and not self.done(m)]
+        if busy and not self.legs:  # one that has failed twice waits for a leg that it could copy
+            members = [m for m in members if m.failures < 2]
         return sorted(members, key=lambda m: (m.id in self.failing, m.legs))
 
     def next_leg(self, member):

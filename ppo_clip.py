@@ -27,7 +27,7 @@ term is flat there and would leave it so. The unclipped term is smaller, so the 
 r_t back up. Clipping takes away an incentive. It does not bound the ratio (Engstrom et al. 2020): watch `kl` and
 `clipfrac`.
 
-What the paper does not mention. The first two points matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
+The paper does not mention these. The first two matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
 - Observations and rewards are scaled by running statistics, which are saved with the model.
 - Layers start orthogonal, advantages are normalised in each minibatch, the gradient's norm is clipped, and the learning
   rate falls linearly to 0.
@@ -470,7 +470,7 @@ MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is
 
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
-    fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # as a float32; false for nan, too
+    fits = np.shape(obs) == shape and (np.abs(obs) <= np.finfo(np.float32).max).all()  # false for nan, too
     if not fits or not math.isfinite(reward or 0.0):
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
@@ -679,7 +679,7 @@ def compiled(function, cuda):
         config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
         config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
-    torch._dynamo.config.recompile_limit = 256  # shapes, of all calls of train() in one process; 8 would be an error
+    torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
     loops = ("torch.ops.higher_order.scan", "torch.ops.higher_order.while_loop")
     config.unsafe_marked_cacheable_functions = dict.fromkeys(loops, torch.__version__)  # else every run compiles anew
@@ -727,7 +727,7 @@ def save_checkpoint(state, path):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from error
+        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from None
 
 
 def load_checkpoint(path, env_id=None):
@@ -822,8 +822,8 @@ class Run:
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
         limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
         if args.checkpoint_every < 4 * args.num_envs * limit:
-            steps = args.checkpoint_every // args.num_envs
-            say(f"a checkpoint cuts off all episodes, here every {steps} steps: long ones are counted too seldom")
+            steps = max(args.checkpoint_every // args.num_envs, args.num_steps)
+            say(f"checkpoints cut off all episodes every {steps} steps, so few long ones count: see --checkpoint-every")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
@@ -870,8 +870,9 @@ class Run:
             x.close()
         for number, before in self.handlers.items():
             signal.signal(number, before)
-        if self.signal and isinstance(error, Exception) and not isinstance(error, RunFailed | OSError):
-            # Ctrl-C has also reached a compiler that was at work.
+        failed = isinstance(error, RunFailed | OSError) and not isinstance(error.__cause__, EOFError | OSError)
+        if self.signal and isinstance(error, Exception) and not failed:
+            # Ctrl-C has also reached a compiler that was at work, or workers that were not ready.
             raise KeyboardInterrupt(self.signal) from error
 
     def summary(self, global_step):

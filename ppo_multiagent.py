@@ -134,12 +134,14 @@ class Args:
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    latest_prob: float = 0.5  # selfplay: the share of opponents (in eighths) that are today's policy, not a snapshot
+    latest_prob: float = (
+        0.5  # selfplay: share of opponents, rounded to eighths, that are today's policy, not a snapshot
+    )
     opening_plies: int = 0  # selfplay: on half of the boards games begin after up to this many random plies
     pool_size: int = 32  # selfplay: the most snapshots; they are taken at equal distances over the whole run
 
 
-SELFPLAY_DEFAULTS = {  # a game has one result, and a noisy one: with a small gamma it counts for the last few moves
+SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it counts mostly for the last few moves
     "env_id": "connect_four", "num_envs": 256, "num_steps": 64, "hidden_size": 128, "norm_obs": False,
     "learning_rate": 1e-2, "num_minibatches": 16, "update_epochs": 2, "ent_coef": 0.15, "max_grad_norm": 0.5,
     "gamma": 0.7, "gae_lambda": 0.9, "ent_final": 0.1, "opening_plies": 16,
@@ -736,8 +738,8 @@ class Pool:
         stored = run.checkpoint.get("adapted", {})
         self.snapshots, self.strength = stored.get("snapshots", []), stored.get("strength", self.strength)
         if self.snapshots[1:]:  # a run that has become longer has them further apart
-            stride = round(self.every * self.batch / self.snapshots[1]["global_step"])
-            self.snapshots = self.snapshots[:: max(1, stride)]
+            stride = math.ceil(self.every * self.batch / self.snapshots[1]["global_step"])
+            self.snapshots = self.snapshots[::stride]
 
     def add(self, team, game, global_step):
         """Measure the team, then add it."""
@@ -958,7 +960,7 @@ MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is
 
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
-    fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # as a float32; false for nan, too
+    fits = np.shape(obs) == shape and (np.abs(obs) <= np.finfo(np.float32).max).all()  # false for nan, too
     if not fits or not math.isfinite(reward or 0.0):
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
@@ -1061,7 +1063,7 @@ class ParallelEnv(gym.Env):
                 x = checked(self.seen(obs[name]), space.shape, None if rewards is None else rewards.get(name, 0.0))
                 view["obs"][g, : gym.spaces.flatdim(space)] = gym.spaces.flatten(space, x)
                 own = obs[name] if isinstance(obs[name], dict) else infos.get(name, {})
-                if self.discrete and np.any(own.get("action_mask", 0)):  # of no use is a mask that leaves nothing
+                if self.discrete and np.any(own.get("action_mask", 0)):  # a mask that allows nothing is ignored
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
         view["state"] = np.asarray(self.env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
         view["alive"] = np.array([name in self.env.agents for name in self.names], np.float32)
@@ -1269,7 +1271,7 @@ def compiled(function, cuda):
         config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
         config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
-    torch._dynamo.config.recompile_limit = 256  # shapes, of all calls of train() in one process; 8 would be an error
+    torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
     loops = ("torch.ops.higher_order.scan", "torch.ops.higher_order.while_loop")
     config.unsafe_marked_cacheable_functions = dict.fromkeys(loops, torch.__version__)  # else every run compiles anew
@@ -1317,7 +1319,7 @@ def save_checkpoint(state, path):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from error
+        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from None
 
 
 def load_checkpoint(path, env_id=None):
@@ -1412,8 +1414,8 @@ class Run:
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
         limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
         if args.checkpoint_every < 4 * args.num_envs * limit:
-            steps = args.checkpoint_every // args.num_envs
-            say(f"a checkpoint cuts off all episodes, here every {steps} steps: long ones are counted too seldom")
+            steps = max(args.checkpoint_every // args.num_envs, args.num_steps)
+            say(f"checkpoints cut off all episodes every {steps} steps, so few long ones count: see --checkpoint-every")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
@@ -1460,8 +1462,9 @@ class Run:
             x.close()
         for number, before in self.handlers.items():
             signal.signal(number, before)
-        if self.signal and isinstance(error, Exception) and not isinstance(error, RunFailed | OSError):
-            # Ctrl-C has also reached a compiler that was at work.
+        failed = isinstance(error, RunFailed | OSError) and not isinstance(error.__cause__, EOFError | OSError)
+        if self.signal and isinstance(error, Exception) and not failed:
+            # Ctrl-C has also reached a compiler that was at work, or workers that were not ready.
             raise KeyboardInterrupt(self.signal) from error
 
     def summary(self, global_step):

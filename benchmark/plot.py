@@ -83,7 +83,8 @@ def normalised(found, envs):
 
 
 def interval(values):
-    """95 % interval of the mean by Student's t, as text. A bootstrap of three values gives their range."""
+    """95 % interval of the mean by Student's t, as text. A bootstrap of three values would give only their range, which
+    is too narrow."""
     from scipy.stats import t
 
     if len(values) < 2:

@@ -200,8 +200,8 @@ def thinned(setting, env, seed, progress):
 
 
 def stored_elsewhere(study, results, setting, env, seed, steps):
-    """The rows of the same command (script, flags, environment, seed, steps) that another study has stored, and what is
-    known of where they come from: of the study that was stored last. None, None if there is none."""
+    """The rows of the same command (script, flags, environment, seed, steps) in another study, and their origin. If
+    several have them: of the study that was stored last. (None, None) if none has."""
     found = []
     for name, other in STUDIES.items():
         for twin in other.settings:
@@ -229,7 +229,9 @@ def store(study, results, setting, env, seed, progress, origin=None):
         now = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu_name()}
         origin = now | versions
     known = [x for x in origins(study, results) if x and x != origin] + [origin]
-    (results / f"{study}.json").write_text(json.dumps(known, indent=1) + "\n")
+    temporary = results / f"{study}.json.tmp"
+    temporary.write_text(json.dumps(known, indent=1) + "\n")
+    os.replace(temporary, results / f"{study}.json")
 
 
 def cpu_name():
@@ -299,7 +301,8 @@ class Run:
 
     def __init__(self, study, steps, folder, setting, env, seed):
         self.setting, self.env, self.seed, self.steps = setting, env, seed, steps
-        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{setting.name}__{env}__{seed}")
+        trial = "" if steps == STUDIES[study].steps else f"__{steps}"  # another run: its schedules are shorter
+        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{setting.name}__{env}__{seed}{trial}")
         self.folder, self.process = folder / study / name, None
 
     def command(self):
@@ -311,7 +314,7 @@ class Run:
             return [*program, *same, *flags, "--csv", self.folder / "progress.csv", "--fresh", 50]
         script = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
         if (self.folder / "checkpoint.pt").exists():
-            return [*script, "--resume", self.folder, "--total-timesteps", self.steps]
+            return [*script, "--resume", self.folder]
         flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
         return [*script, *flags, "--run-dir", self.folder, *self.setting.flags]
 
@@ -337,7 +340,8 @@ class Run:
 def reproduce(name, study, workers, results, folder, stop=()):
     """Run what is missing of a study, `workers` at a time. Returns the number of runs that failed. As soon as there is
     something in `stop`, it stops its runs, each with a checkpoint, and returns. A shorter trial run does not count."""
-    stored = {key for key, rows in read(name, results).items() if int(rows[-1]["step"]) >= study.steps}
+    # 0.99: of older runs the last row was not stored.
+    stored = {key for key, rows in read(name, results).items() if int(rows[-1]["step"]) >= 0.99 * study.steps}
     missing, todo = [run for run in study.runs() if (run[0].name, *run[1:]) not in stored], []
     for run in missing:
         rows, origin = stored_elsewhere(name, results, *run, study.steps)
@@ -432,7 +436,7 @@ def populations(env, steps, repetitions, slots, results, folder):
                 folder / f"{env}-{steps}" / f"{arm}-{repetition}", slots, env, steps, *rest, **script_flags
             )
             if arm != "pbt" and any(event.get("copies") for event in events(where)):
-                sys.exit(f"{where}: a member failed and became a copy, so its members are not independent")
+                sys.exit(f"{where}: a member failed and became a copy, so they are not independent: delete this folder")
             return where
 
         for arm, flags in (("pbt", ()), ("random", ("--quantile", 0))):

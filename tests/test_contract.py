@@ -691,7 +691,9 @@ def test_the_command_to_go_on_is_about_the_same_run_or_a_longer_one(name, tmp_pa
 def test_checkpoints_that_cut_off_long_episodes_are_a_line(tmp_path, capsys):
     import ppo_clip
 
-    line = "ppo_clip.py: a checkpoint cuts off all episodes, here every {} steps: long ones are counted too seldom"
+    line = (
+        "ppo_clip.py: checkpoints cut off all episodes every {} steps, so few long ones count: see --checkpoint-every"
+    )
     for every, told in ((512, True), (4000, False)):  # CartPole-v1 has up to 500 steps; two environments
         flags = ["--run-dir", tmp_path / str(every), "--stop-at-step", 128, "--checkpoint-every", every]
         assert run(ppo_clip, *flags) == 0

@@ -751,6 +751,8 @@ def test_a_run_that_becomes_longer_has_its_snapshots_further_apart(tmp_path):
     ma.train(ma.parse_args(["--resume", str(tmp_path), "--total-timesteps", str(256 * 16)]))
     steps = [x["global_step"] for x in ma.load_checkpoint(tmp_path)["adapted"]["snapshots"]]
     assert steps == [0, 256 * 4, 256 * 8, 256 * 12]
+    ma.train(ma.parse_args(["--resume", str(tmp_path), "--total-timesteps", str(256 * 22)]))
+    assert len(ma.load_checkpoint(tmp_path)["adapted"]["snapshots"]) <= 4
 
 
 def test_match_counts_for_the_right_side():

@@ -142,10 +142,15 @@ def test_a_short_trial_does_not_count_as_the_study(tmp_path):
     study = reproduce.STUDIES["cartpole"]
     row = {"global_step": 2048, "episodic_return": 9, "kl": 0, "learning_rate": 0}
     reproduce.store("cartpole", tmp_path, study.settings[0], "CartPole-v1", 1, [row])
-    only, stop = dataclasses.replace(study, seeds=1, steps=4096), []
-    assert reproduce.reproduce("cartpole", only, 1, tmp_path, tmp_path / "runs", stop) == 0
-    (rows,) = reproduce.read("cartpole", tmp_path).values()
-    assert int(rows[-1]["step"]) == 4096
+    rates = []
+    for steps in (2048, 4096):
+        only = dataclasses.replace(study, seeds=1, steps=steps)
+        assert reproduce.reproduce("cartpole", only, 1, tmp_path, tmp_path / "runs") == 0
+        (rows,) = reproduce.read("cartpole", tmp_path).values()
+        assert int(rows[-1]["step"]) == steps
+        rates.append(rows[0]["learning_rate"])
+    assert len(list((tmp_path / "runs/cartpole").iterdir())) == 1  # the first one was stored already
+    assert rates[1] == "0.0003"  # as at the start of a run: it does not go on from a shorter one
 
 
 @pytest.mark.slow

@@ -281,7 +281,8 @@ def test_an_environment_that_only_a_worker_cannot_make_says_why(tmp_path, capsys
             raise RuntimeError("no licence is left")
 
     monkeypatch.setattr(toy_envs.NoRenderMode, "__init__", init)
-    monkeypatch.setattr(ppo_clip.Environments, "run", lambda self, seeds: time.sleep(1))  # the worker is gone by then
+    enter = ppo_clip.Run.__enter__  # the worker is gone by then, and sending to it fails
+    monkeypatch.setattr(ppo_clip.Run, "__enter__", lambda self: time.sleep(1) or enter(self))
     flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--run-dir", tmp_path / "a", "--num-workers", 2]
     assert run(ppo_clip, *flags) == 1
     assert "no licence is left" in capsys.readouterr().err.splitlines()[-1]
