@@ -100,8 +100,10 @@ def table(study, results):
     found, at = returns(study, results), STUDIES[study].at
     envs = [env for env in STUDIES[study].envs if any(e == env for _, e in found)]
     settings = [s.name for s in STUDIES[study].settings if any(setting == s.name for setting, _ in found)]
-    whole = [env for env in envs if all((setting.name, env) in found for setting in STUDIES[study].settings)]
-    scores = normalised(found, whole) if study == "ppo-table1" and whole else {}
+    scores = {}
+    if study == "ppo-table1":  # its scores compare the settings, so an environment counts when all of them have run
+        envs = [env for env in envs if all((setting.name, env) in found for setting in STUDIES[study].settings)]
+        scores = normalised(found, envs) if envs else {}
     columns = [(env, step) for env in envs for step in (*at, None)]
     heads = [f"{env}, {step or STUDIES[study].steps:,} steps" if at else env for env, step in columns]
     head = ["setting", *heads] + (["normalised (95 % interval)", "paper"] if scores else [])
