@@ -134,9 +134,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    latest_prob: float = (
-        0.5  # selfplay: share of opponents, rounded to eighths, that are today's policy, not a snapshot
-    )
+    latest_prob: float = 0.5  # selfplay: share of opponents, rounded to eighths, that are not snapshots of the past
     opening_plies: int = 0  # selfplay: on half of the boards games begin after up to this many random plies
     pool_size: int = 32  # selfplay: the most snapshots; they are taken at equal distances over the whole run
 

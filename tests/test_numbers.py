@@ -250,6 +250,17 @@ def test_random_openings():
     assert "in random positions ({}, not {})".format(*blocks) in page("multiagent.md")
 
 
+def test_what_self_play_reaches():
+    rows = [row for row in stored("selfplay_study") if row["variant"] == "default" and row["moves"] > 19e6]
+    positions = [row["one_ply"][kind] for row in rows for kind in ("own", "random")]
+    shares = [x["wins_taken"] for x in positions], [x["blocks"] for x in positions], [x["right_moves"] for x in rows]
+    wins, blocks, right = ([f"{100 * end(x):.0f}" for end in (min, max)] for x in shares)
+    text = "take {} to {} % of their wins, block {} to {} % of the single threats, and find {} to {} %"
+    assert len(rows) == 3 and text.format(*wins, *blocks, *right) in page("multiagent.md")
+    text = "takes {}-{} % of its wins, finds {}-{} % of the right moves"
+    assert text.format(*wins, *right) in page("README.md").replace("–", "-")
+
+
 def test_mirror_images():
     row = next(row for row in stored("selfplay_study") if row["variant"] == "nomirror")
     low, high = (100 * row["one_ply"][kind]["mirrored"] for kind in ("own", "random"))
