@@ -582,7 +582,8 @@ def test_json_is_valid_and_a_closed_pipe_is_no_traceback(name, tmp_path, cli):
 @pytest.mark.slow
 @house
 def test_what_a_person_sees(name, tmp_path, cli):
-    process = cli(name, *small_for(importlib.import_module(name)), "--run-dir", "a")
+    flags = [*small_for(importlib.import_module(name)), "--checkpoint-every", 4000]  # so that it cuts nothing off
+    process = cli(name, *flags, "--run-dir", "a")
     env_id = "simple_spread" if name == "ppo_multiagent" else "CartPole-v1"
     lines = process.stderr.splitlines()
     assert lines[0] == f"{name}.py: {env_id}, seed 1, run folder a"
