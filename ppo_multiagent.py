@@ -954,11 +954,12 @@ def say(text):
 
 
 MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there
+LARGEST = np.finfo(np.float32).max  # an observation beyond it would become infinite
 
 
-def checked(obs, shape, reward=None, largest=np.finfo(np.float32).max):
+def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
-    fits = np.shape(obs) == shape and (np.abs(obs) <= largest).all()  # false for nan, too
+    fits = np.shape(obs) == shape and (np.abs(obs) <= LARGEST).all()  # false for nan, too
     if not fits or not math.isfinite(reward or 0.0):
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
