@@ -257,6 +257,9 @@ def test_what_self_play_reaches():
     wins, blocks, right = ([f"{100 * end(x):.0f}" for end in (min, max)] for x in shares)
     text = "take {} to {} % of their wins, block {} to {} % of the single threats, and find {} to {} %"
     assert len(rows) == 3 and text.format(*wins, *blocks, *right) in page("multiagent.md")
+    speed = statistics.median(x["sps"] for x in stored("speed_teams")["self-play, connect_four, learner's moves"])
+    thousands = f"{round(speed, -2):,.0f}".replace(",", " ")
+    assert f"some {thousands} moves a second, so 20M take {20e6 / speed / 60:.0f} minutes." in page("multiagent.md")
     text = "takes {}-{} % of its wins, finds {}-{} % of the right moves"
     assert text.format(*wins, *right) in page("README.md").replace("–", "-")
 
