@@ -77,9 +77,7 @@ class Args:
     run_dir: str = "pbt"  # folder of the whole population; with --executor ray one that every node sees
     total_timesteps: int = 1_000_000  # environment steps of each member
     population: int = 8  # number of members
-    interval: int = (
-        50_000  # environment steps between two decisions; each environment should end several episodes in it
-    )
+    interval: int = 50_000  # environment steps between two decisions; long enough for several episodes each
     mutate: Repeated = field(default_factory=list)  # search NAME:KIND:LOW:HIGH (log, lin or int), or NAME:cat:A,B,C
     seed: int = 1  # all draws follow from it; member j begins with seed + j
 
@@ -391,7 +389,8 @@ class Population:
 
     def failed(self, member, leg, result):
         """Run a failed leg once more. If it fails again, its checkpoint may be damaged, or its hyperparameters may be
-        impossible: the member becomes a copy of the best one that has another checkpoint."""
+        impossible: the member becomes a copy of the best one that has another checkpoint. This one choice depends on
+        who has finished by then, in sync mode, too."""
         if result.get("mistake") and not self.legs:
             raise UserError(result["error"])
         say(f"member {member.id}: {result['error']}")
