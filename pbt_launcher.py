@@ -14,11 +14,15 @@ from each other. After every --interval steps:
     exploit    a member near the bottom copies one near the top: its checkpoint AND its hyperparameters
     explore    the copy then changes the hyperparameters: times 0.8 or 1.2, or drawn anew from their prior
 
+Why copy both? With the weights alone a member would soon suffer again from the settings that made it fall behind, and
+the settings alone would come too late for its weights. Why explore? Without it a population could only choose among its
+first draws, and after a few copies all members would have the same.
+
 For the cost of a random search one gets a trained policy, and a schedule of hyperparameters that led to it.
 
 A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
 checkpoint and a score come out. The launcher knows nothing of the algorithm that a script implements, only what all
-scripts share: train(args), parse_args(argv), and flags like --resume, --stop-at-step and --run-dir. A leg that is lost
+scripts share: train, evaluate, parse_args, and flags like --resume, --stop-at-step and --run-dir. A leg that is lost
 is simply run again. Every event is one line in RUN/events.jsonl, and the launcher can rebuild everything it knows from
 these lines. So --resume goes on after any kind of death and, with --mode sync, takes the same decisions.
 
@@ -32,7 +36,13 @@ these lines. So --resume goes on after any kind of death and, with --mode sync, 
 A population of 8 in 2 slots takes about four times as long as two runs side by side. How to read its result: the best
 score is the highest of many noisy ones, so it is biased upwards; evaluate best.pt on fresh episodes. And a winner may
 have had a good schedule or just luck: --replay trains its schedule again, with other seeds. lineage.png shows who
-copied whom, schedule.png what everybody tried.
+copied whom, schedule.png what everybody tried. PBT is greedy: what raises the score within one --interval is copied,
+even if it costs later, like a learning rate that falls too early. A longer interval looks further ahead, and decides
+less often.
+
+Departures from the paper: all members decide together, so that a seed fixes every decision (--mode async: one by one,
+as there). A quarter copies a quarter; the paper says a fifth. A hyperparameter is perturbed or, with a chance of a
+quarter, drawn anew; in the paper these are two strategies. A score is the mean over a leg's last 100 episodes, not 10.
 """
 
 import contextlib
@@ -63,7 +73,6 @@ import tyro
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 Repeated = tyro.conf.UseAppendAction[list[str]]
 
 
@@ -86,7 +95,7 @@ class Args:
     quantile: float = 0.25  # the bottom fraction copies from the top one; 0: random search
     selection: Literal["truncation", "tournament"] = "truncation"  # tournament: each meets one other, drawn at random
     warmup: int = 0  # no member is replaced before this step; early scores tell little
-    min_gap: float = 0.0  # replace a member only if the other's score is higher by at least this much
+    min_gap: float = 0.0  # replace a member only if the other's score is higher by more than this
     resample_probability: float = 0.25  # explore: the chance of a draw from the prior instead of times 0.8 or 1.2
     mode: Literal["sync", "async"] = "sync"  # async (the paper): decide about each member as it finishes a leg
 
@@ -100,18 +109,15 @@ class Args:
 
     resume: bool = False  # go on with the population in --run-dir
     replay: str | None = None  # no search: every member follows the schedule that the winner in this folder had
+    schedule: tyro.conf.Suppress[list[str]] = field(default_factory=list)  # this schedule: [last step, hyperparameters]
 
 
 # ==== Score, exploit, explore: what a population does, as pure functions ==============================================
 
 
-def is_score(x):
-    return x is not None and not math.isnan(x)
-
-
 def ranked(scores):
-    """Members from best to worst. scores: {member: score}; None and nan are the worst, ties go by the number."""
-    return sorted(scores, key=lambda m: (-scores[m] if is_score(scores[m]) else math.inf, m))
+    """Members from best to worst. scores: {member: score}; None is the worst, ties go by the number."""
+    return sorted(scores, key=lambda m: (math.inf if scores[m] is None else -scores[m], m))
 
 
 def exploit(scores, args, rng):
@@ -119,16 +125,16 @@ def exploit(scores, args, rng):
     episode ended in its leg, perhaps because it does well. Nothing is known of it, so it is left alone."""
     if args.quantile == 0 or args.replay:
         return {}
-    scores = {m: x for m, x in scores.items() if is_score(x)}
+    scores = {m: x for m, x in scores.items() if x is not None}
     copies = tournament(scores, rng) if args.selection == "tournament" else truncation(scores, args.quantile, rng)
-    # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap.
-    gap = {m: scores[donor] - scores[m] for m, donor in copies.items()}
-    return {m: donor for m, donor in copies.items() if gap[m] > 0 and gap[m] >= args.min_gap}
+    # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap. Equal
+    # ones are never copied: once a task is solved all are, and copies would only destroy variety.
+    return {m: donor for m, donor in copies.items() if scores[donor] - scores[m] > args.min_gap}
 
 
 def truncation(scores, quantile, rng):
     """Truncation selection (paper, section 4.1): each of the bottom fraction copies one of the top fraction, drawn at
-    random. The two do not overlap."""
+    random: the highest score is often luck, and if all copied that one, soon a single lineage would be left."""
     order = ranked(scores)
     k = min(math.ceil(len(order) * quantile), len(order) // 2)
     return {m: order[rng.integers(k)] for m in sorted(order[len(order) - k :])}
@@ -136,7 +142,8 @@ def truncation(scores, quantile, rng):
 
 def tournament(scores, rng):
     """Binary tournament (paper, section 4.3): each member meets another, drawn at random, and copies it if it is
-    better. Nobody copies a member that is itself about to copy."""
+    better. This is softer: a middling member may be copied, and the worst survives if it happens to meet a loser.
+    Nobody copies a member that is itself about to copy."""
     copies = {}
     for m in sorted(scores):
         others = [o for o in sorted(scores) if o != m]
@@ -166,7 +173,7 @@ class Hyperparameter:
                 with contextlib.suppress(ValueError):  # of float()
                     h = cls(name.replace("-", "_"), kind, float(low), float(high))
                     positive, whole = min(h.flip(h.low), h.flip(h.high)) > 0, h.low.is_integer() and h.high.is_integer()
-                    fits = {"log": positive, "lin": True, "int": whole}[kind]
+                    fits = {"log": positive, "lin": True, "int": whole and max(-h.low, h.high) < 2**62}[kind]
                     if fits and h.low <= h.high and math.isfinite(h.high - h.low):
                         return h
         raise UserError(
@@ -194,8 +201,9 @@ class Hyperparameter:
         return self.inside(self.flip(float(x)))
 
     def perturb(self, x, rng):
-        """x times 0.8 or 1.2, within the bounds (paper, section 4.1). An integer moves by at least 1, a category to a
-        neighbour; 0, which no factor would ever move, is drawn anew."""
+        """x times 0.8 or 1.2, within the bounds (paper, section 4.1): a factor, since most hyperparameters matter by
+        their ratio, and a small one, since the copied weights have grown up with x. An integer moves by at least 1, a
+        category to a neighbour; 0, which no factor would ever move, is drawn anew."""
         up = rng.random() < 0.5
         if self.kind == "cat":
             index = self.choices.index(x) + (1 if up else -1)
@@ -209,7 +217,8 @@ class Hyperparameter:
 
 
 def explore(values, hyperparameters, resample_probability, rng):
-    """A copy's hyperparameters, from the donor's {name: value}: each perturbed or, sometimes, drawn from its prior."""
+    """A copy's hyperparameters, from the donor's {name: value}: each perturbed or, sometimes, drawn from its prior. By
+    steps of 20 % a factor of ten takes thirteen copies. A draw gets there at once, and brings back what was lost."""
     new = {}
     for h in hyperparameters:
         resample = rng.random() < resample_probability
@@ -234,7 +243,7 @@ def train(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     with contextlib.ExitStack() as at_the_end:
-        slots = ray_slots(args) if args.executor == "ray" else [LocalSlot(i, args) for i in range(args.slots)]
+        slots = [LocalSlot(i, args) for i in range(args.slots)] if args.executor == "local" else ray_slots(args)
         at_the_end.callback(lambda: [slot.kill() for slot in slots])
         check_flags(population, slots[0], signals)
         at_the_end.enter_context(population)
@@ -256,12 +265,12 @@ def train(args):
             if members := population.due():
                 population.decide(members)
             time.sleep(0.01)
+    best, score = population.folder / "best.pt", None
     if population.best:
-        shutil.copy(population.checkpoint(population.best), population.folder / "best.pt")
+        score = population.legs[population.best]["score"]
+        shutil.copy(population.checkpoint(population.best), best)
         draw(population)
-    summary = {"best": os.path.relpath(population.folder / "best.pt"), "leg": population.best}
-    summary["score"] = population.legs[population.best]["score"] if population.best else None
-    return summary | {"signal": signals[0] if signals else None}
+    return {"best": os.path.relpath(best), "leg": population.best, "score": score, "signal": next(iter(signals), None)}
 
 
 # ==== The population: its members, its decisions, and its memory ======================================================
@@ -275,8 +284,7 @@ class Member:
     hyper: dict
     seed: int
     step: int = 0
-    legs: int = 0  # that led to its checkpoint; after a copy, those of the donor
-    decided: int = 0  # what legs was at the last decision; a member that has more waits for the next one
+    waiting: bool = False  # for the next decision: it has finished a leg, or failed twice
     tries: int = 0  # legs that it has run itself, finished or failed; the next one is named m<id>/t<tries + 1>
     failures: int = 0  # of its next leg, so far
     score: float | None = None
@@ -297,9 +305,7 @@ class Population:
     def __init__(self, args):
         self.args, self.folder = args, Path(args.run_dir).resolve()
         self.hyperparameters = [Hyperparameter.parse(text) for text in args.mutate]
-        self.schedule = winners_schedule(args.replay) if args.replay else []
         self.members, self.legs, self.decisions, self.best = {}, {}, 0, None
-        self.failures_in_a_row, self.failing = 0, set()  # since a leg has finished: how many failed, and whose
         for j in range(args.population):
             rng = generator(args, 1, j)
             self.members[j] = Member(j, {h.name: h.sample(rng) for h in self.hyperparameters}, args.seed + j)
@@ -311,12 +317,11 @@ class Population:
 
     def ready(self, running):
         """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done. Those
-        with the fewest legs come first, so that with few slots nobody falls behind, and those that fail come last."""
+        with the fewest steps come first, so that with few slots nobody falls behind. A second try comes last: perhaps
+        in another slot, if it was the slot that failed."""
         busy = {leg["member"] for leg, _ in running}
-        members = [m for m in self.members.values() if m.id not in busy and m.legs <= m.decided and not self.done(m)]
-        if busy and not self.legs:  # one that has failed twice waits for a leg that it could copy
-            members = [m for m in members if m.failures < 2]
-        return sorted(members, key=lambda m: (m.id in self.failing, m.legs))
+        members = [m for m in self.members.values() if not (m.id in busy or m.waiting or self.done(m))]
+        return sorted(members, key=lambda m: (m.failures, m.step))
 
     def next_leg(self, member):
         """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
@@ -324,7 +329,7 @@ class Population:
         folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
         args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
         target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)
-        hyper = next((hyper for step, hyper in self.schedule if step >= target), member.hyper)
+        hyper = next((hyper for step, hyper in args.schedule if step >= target), member.hyper)
         leg = {"member": member.id, "leg": name, "source": member.leg, "hyper": hyper, "seed": member.seed}
         common = {"env_id": args.env_id} if args.env_id else {}
         flags = {"total_timesteps": args.total_timesteps, "stop_at_step": target, "checkpoint_every": args.interval}
@@ -344,20 +349,34 @@ class Population:
         return min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
 
     def due(self):
-        """The members to decide about: those that have finished a leg since the last decision. In sync mode there are
-        none until all have, so that no decision depends on who was faster, and a seed fixes them all."""
+        """The members to decide about: those that wait. In sync mode there are none until all do, so that no decision
+        depends on who was faster, and a seed fixes them all. In async mode members are compared at different steps, and
+        one that has failed twice waits until there is a checkpoint that it could copy."""
         members = [m for m in self.members.values() if not self.done(m)]
-        waiting = [m for m in members if m.legs > m.decided]
-        return waiting if self.args.mode == "async" or len(waiting) == len(members) else []
+        waiting = [m for m in members if m.waiting]
+        if len(waiting) == len(members):
+            return waiting
+        return [m for m in waiting if self.args.mode == "async" and (m.failures < 2 or self.sound())]
+
+    def sound(self):
+        """{member: score} of those whose checkpoint has not made a leg fail twice."""
+        bad = {m.leg for m in self.members.values() if m.failures >= 2}
+        return {m.id: m.score for m in self.members.values() if m.leg not in bad | {None}}
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 
     def decide(self, members):
-        """Exploit and explore. All copies are one event, so that a crash leaves all of them or none."""
-        rng = generator(self.args, 2, self.decisions)  # purpose 1 are the first draws, 3 are restarts
+        """Exploit and explore. All are ranked, but only those that wait can become copies: nobody's leg is broken off.
+        A member that has failed twice copies the best one, whatever the flags say of copies. All copies are one event,
+        so that a crash leaves all of them or none. Raises RunFailed if there is nobody to copy."""
+        rng = generator(self.args, 2, self.decisions)  # purpose 1 are the first draws
         donors = exploit({m.id: m.score for m in self.members.values()}, self.args, rng)
-        losers = [m for m in members if m.id in donors and m.step >= self.args.warmup]
-        copies = [self.copy(m, donors[m.id], rng) for m in losers]
+        donors = {m.id: donors[m.id] for m in members if m.id in donors and m.step >= self.args.warmup}
+        if lost := [m.id for m in members if m.failures >= 2]:
+            if not self.sound():
+                raise RunFailed("the legs of all members have failed twice: see above, and go on with --resume")
+            donors |= dict.fromkeys(lost, ranked(self.sound())[0])
+        copies = [self.copy(m, donors[m.id], rng) for m in members if m.id in donors]
         self.record("decide", members=[m.id for m in members], copies=copies)
 
     def copy(self, member, donor, rng):
@@ -372,10 +391,9 @@ class Population:
         if "error" not in result and (result["signal"] or not self.checkpoint(leg["leg"]).exists()):
             result = {"error": f"{leg['leg']} ended without a checkpoint, signal {result['signal']}"}
         if "error" in result:
-            self.failed(self.members[leg["member"]], leg["leg"], result)
+            self.failed(leg, result)
             return
-        self.failures_in_a_row, self.failing = 0, set()
-        returns = [x for x in result["returns"] if is_score(x)]  # raw ones, whatever rewards the script learns from
+        returns = [x for x in result["returns"] if math.isfinite(x)]  # raw rewards, however a script scales them
         score = statistics.fmean(returns) if returns else None
         if score is None:
             say(f"{leg['leg']}: no episode ended; --interval should be several episodes of each environment long")
@@ -387,22 +405,13 @@ class Population:
         for unused in self.legs.keys() - {m.leg for m in self.members.values()} - {self.best}:
             self.checkpoint(unused).unlink(missing_ok=True)
 
-    def failed(self, member, leg, result):
-        """Run a failed leg once more. If it fails again, its checkpoint may be damaged, or its hyperparameters may be
-        impossible: the member becomes a copy of the best one that has another checkpoint. This one choice depends on
-        who has finished by then, in sync mode, too."""
+    def failed(self, leg, result):
+        """A failed leg is run once more, since its machine may have died. A member that fails twice has a damaged
+        checkpoint, or hyperparameters with which it diverges each time: the next decision makes it a copy."""
         if result.get("mistake") and not self.legs:
             raise UserError(result["error"])
-        say(f"member {member.id}: {result['error']}")
-        self.failures_in_a_row += 1
-        self.failing.add(member.id)
-        if self.failures_in_a_row > 2 * len(self.members) and len(self.failing) == len(self.members):
-            raise RunFailed(f"{self.failures_in_a_row} legs in a row have failed, the last with: {result['error']}")
-        self.record("failed", member=member.id, leg=leg, error=result["error"])
-        others = {m.id: m.score for m in self.members.values() if m.leg not in (None, member.leg)}
-        if member.failures >= 2 and others:
-            copy = self.copy(member, ranked(others)[0], generator(self.args, 3, member.id, member.tries))
-            self.record("decide", members=[], copies=[copy])
+        say(f"member {leg['member']}: {result['error']}")
+        self.record("failed", member=leg["member"], leg=leg["leg"], error=result["error"])
 
     # ---- the memory --------------------------------------------------------------------------------------------------
 
@@ -412,20 +421,22 @@ class Population:
         if event["event"] == "leg":
             self.legs[event["leg"]] = event
             m.leg, m.step, m.score = event["leg"], event["step"], event["score"]
-            m.legs, m.tries, m.failures = m.legs + 1, m.tries + 1, 0
-            if is_score(m.score) and (self.best is None or m.score > self.legs[self.best]["score"]):
+            m.waiting, m.tries, m.failures = True, m.tries + 1, 0
+            if m.score is not None and (self.best is None or m.score > self.legs[self.best]["score"]):
                 self.best = m.leg
         elif event["event"] == "failed":
             m.tries, m.failures = m.tries + 1, m.failures + 1
+            if m.failures == 2:
+                m.waiting, m.score = True, None
         elif event["event"] == "decide":
-            for copy in event["copies"]:  # no donor is itself a copy here, so their order does not matter
-                m, donor = self.members[copy["member"]], self.members[copy["donor"]]
+            before = {j: replace(m) for j, m in self.members.items()}  # a donor may become a copy in the same event
+            for copy in event["copies"]:
+                m, donor = self.members[copy["member"]], before[copy["donor"]]
                 m.hyper, m.seed, m.score, m.failures = copy["hyper"], copy["seed"], None, 0
-                m.leg, m.step, m.legs = donor.leg, donor.step, donor.legs
-                m.decided = min(m.decided, m.legs)  # a donor may have trained less
+                m.leg, m.step = donor.leg, donor.step
             for j in event["members"]:
-                self.members[j].decided = self.members[j].legs
-            self.decisions += bool(event["members"])
+                self.members[j].waiting = False
+            self.decisions += 1
 
     def __enter__(self):
         try:
@@ -440,6 +451,8 @@ class Population:
         self.file.truncate(size)
         for event in events:
             self.apply(event)
+        for m in self.members.values():  # what made legs fail may be mended: two new tries
+            m.waiting, m.failures = m.waiting and not m.failures, 0
         if not events:
             self.record("args", args=asdict(self.args))
         total, initial = len(self.members) * self.args.total_timesteps, sum(m.step for m in self.members.values())
@@ -481,6 +494,8 @@ def command_line(flags):
 def read_events(folder):
     """The events in a folder, and the bytes they take. Half a line at the end did not happen. Raises UserError."""
     path = Path(folder) / "events.jsonl"
+    if (path.parent / "checkpoint.pt").exists():
+        raise UserError(f"{folder} holds a single run, no population")
     content = path.read_bytes() if path.exists() else b""
     content = content[: content.rfind(b"\n") + 1]
     try:
@@ -493,8 +508,7 @@ def load_population(folder):
     """The population in a folder, to look at. Raises UserError if there is none."""
     events, _ = read_events(folder)
     if not events:
-        single = (Path(folder) / "checkpoint.pt").exists()
-        raise UserError(f"{folder} holds {'a single run, ' if single else ''}no population")
+        raise UserError(f"{folder} holds no population")
     if events[0].get("args", {}).keys() != {f.name for f in fields(Args)}:
         raise UserError(f"the population in {folder} is of another version of {SCRIPT}.py")
     population = Population(Args(**events[0]["args"]))
@@ -503,13 +517,12 @@ def load_population(folder):
     return population
 
 
-def winners_schedule(folder):
-    """[(last step, hyperparameters)] of the legs that led to the best one in a folder. Raises UserError."""
-    population = load_population(folder)
+def winners_schedule(population):
+    """[[last step, hyperparameters]] of the legs that led to the best one. Raises UserError if there is none."""
     if population.best is None:
-        raise UserError(f"--replay {folder}: no leg with a score has finished there")
+        raise UserError(f"--replay {population.folder}: no leg with a score has finished there")
     chain = [population.legs[leg] for leg in population.lineage(population.best)]
-    return [(leg["step"], leg["hyper"]) for leg in chain] + [(math.inf, chain[-1]["hyper"])]
+    return [[leg["step"], leg["hyper"]] for leg in chain] + [[sys.maxsize, chain[-1]["hyper"]]]  # and so to the end
 
 
 # ==== Legs: what happens in a slot ====================================================================================
@@ -583,7 +596,7 @@ class LocalSlot:
     the launcher never waits for it."""
 
     def __init__(self, index, args):
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // args.slots)))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same bits, however many slots there are
         # Python clears up the semaphores of a process that was killed, and need not warn of each.
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
         devices = args.gpus.split(",")
@@ -733,13 +746,13 @@ def draw(population):
     plt.close("all")
     legs, winner, searched = population.legs, set(population.lineage(population.best)), population.hyperparameters
     begin = {name: legs[leg["source"]]["step"] if leg["source"] else 0 for name, leg in legs.items()}
-    scores = [leg["score"] for leg in legs.values() if is_score(leg["score"])]
+    scores = [leg["score"] for leg in legs.values() if leg["score"] is not None]
     colours = plt.cm.ScalarMappable(plt.Normalize(min(scores), max(scores)), "viridis")
 
     figure, axis = plt.subplots(figsize=(10, 0.45 * len(population.members) + 2), layout="constrained")
     for name, leg in legs.items():
         row, donor = leg["member"], legs[leg["source"]]["member"] if leg["source"] else leg["member"]
-        colour = colours.to_rgba(leg["score"]) if is_score(leg["score"]) else "0.8"
+        colour = colours.to_rgba(leg["score"]) if leg["score"] is not None else "0.8"
         style = {"color": colour, "lw": 9 if name in winner else 3, "solid_capstyle": "butt"}
         axis.plot([begin[name], leg["step"]], [row, row], **style)
         if donor != row:
@@ -810,16 +823,16 @@ PROCESS_ONLY |= {"num_cpus", "num_gpus"}
 OURS = {"env_id", "total_timesteps", "stop_at_step", "seed", "checkpoint_every", "run_dir", "resume", "evaluate"}
 
 
-def parse_args(argv=None) -> Args:
+def parse_args(argv) -> Args:
     """Our flags and, after --, the script's. A replay searches what the population that it replays has searched."""
-    argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     args = replace(cli(argv[:split]), script_flags=argv[split + 1 :])
-    if args.replay:
-        stored = load_population(args.replay).args
-        if args.mutate or args.interval != stored.interval:
-            raise UserError(f"--replay {args.replay} needs --interval {stored.interval}, and no --mutate")
-        args.mutate = stored.mutate
+    if args.replay:  # its schedule is stored here, since the population there may go on, or be deleted
+        other = load_population(args.run_dir if args.resume else args.replay)
+        if args.mutate or args.interval != other.args.interval:
+            raise UserError(f"--replay {args.replay} needs --interval {other.args.interval}, and no --mutate")
+        args.mutate = other.args.mutate
+        args.schedule = other.args.schedule if args.resume else winners_schedule(other)
     return args
 
 
@@ -834,14 +847,16 @@ def check_args(args):
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     if not Path(args.script).is_file():
         raise UserError(f"there is no script {args.script}")
+    goes_with = {"gpus": ("executor", "local"), "eval_episodes": ("score", "evaluation")}
+    goes_with |= dict.fromkeys(("ray_address", "num_cpus", "num_gpus"), ("executor", "ray"))
+    for key, (flag, value) in goes_with.items():
+        if getattr(args, key) != getattr(Args, key) and getattr(args, flag) != value:
+            raise UserError(f"--{key.replace('_', '-')} goes with --{flag} {value}")
     names = [Hyperparameter.parse(text).name for text in args.mutate]
-    given = [x.split("=")[0][2:].replace("-", "_") for x in args.script_flags if x.startswith("--")]
+    names += [x.split("=")[0][2:].replace("-", "_") for x in args.script_flags if x.startswith("--")]
     for name in names:
-        if name in OURS or (names + given).count(name) > 1:
-            raise UserError(f"--mutate {name}: {'the launcher sets it' if name in OURS else 'it is given twice'}")
-    for name in given:
-        if name in OURS:
-            raise UserError(f"-- --{name.replace('_', '-')}: the launcher sets this flag of the script")
+        if name in OURS or names.count(name) > 1:
+            raise UserError(f"{name}: {'the launcher sets this flag' if name in OURS else 'it is given twice'}")
 
 
 def check_folder(args):
@@ -853,8 +868,6 @@ def check_folder(args):
                 raise UserError(f"--resume: {flag} is {here} here, but {stored} in {args.run_dir}")
     elif any(event["event"] == "leg" for event in read_events(args.run_dir)[0]):
         raise UserError(f"{args.run_dir} holds a population: go on with --resume, or choose another --run-dir")
-    elif (Path(args.run_dir) / "checkpoint.pt").exists():
-        raise UserError(f"{args.run_dir} holds a single run, no population: choose another --run-dir")
 
 
 def main(argv=None) -> int:

@@ -9,7 +9,10 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,13 +104,14 @@ def decisions(run_dir):
 
 
 def test_defaults():
-    """Those of the paper where it names them: the bottom quarter, times 0.8 or 1.2, anew with a chance of a quarter."""
-    paper = {"quantile": 0.25, "resample_probability": 0.25, "selection": "truncation"}
+    """A quarter is replaced, and drawn anew with a chance of a quarter, as in Ray Tune. The paper replaces a fifth."""
+    ray = {"quantile": 0.25, "resample_probability": 0.25, "selection": "truncation"}
     ours = {"total_timesteps": 1_000_000, "population": 8, "interval": 50_000, "mutate": [], "seed": 1, "warmup": 0}
     ours |= {"score": "training", "eval_episodes": 10, "min_gap": 0.0, "mode": "sync", "replay": None, "resume": False}
-    process = {"run_dir": "pbt", "env_id": None, "script": TOY, "script_flags": [], "slots": 2, "gpus": ""}
-    process |= {"leg_timeout": 14400.0, "executor": "local", "ray_address": None, "num_cpus": 1.0, "num_gpus": 0.0}
-    assert vars(pbt.Args(TOY)) == paper | ours | process
+    process = {"schedule": [], "run_dir": "pbt", "env_id": None, "script": TOY, "script_flags": [], "slots": 2}
+    process |= {"gpus": "", "leg_timeout": 14400.0, "executor": "local", "ray_address": None, "num_cpus": 1.0}
+    process |= {"num_gpus": 0.0}
+    assert vars(pbt.Args(TOY)) == ray | ours | process
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def test_defaults():
 def test_ranks_ties_and_missing_scores():
     assert pbt.ranked({0: 1.0, 1: 3.0, 2: 2.0}) == [1, 2, 0]
     assert pbt.ranked({2: 1.0, 0: 1.0, 1: 1.0}) == [0, 1, 2]
-    assert pbt.ranked({0: math.nan, 1: -1e9, 2: None}) == [1, 0, 2]
+    assert pbt.ranked({0: None, 1: -1e9, 2: None}) == [1, 0, 2]
 
 
 @pytest.mark.parametrize("n", range(1, 12))
@@ -271,16 +275,14 @@ def test_same_seed_same_decisions(tmp_path):
 
 
 def test_a_member_begins_with_nothing():
-    expected = pbt.Member(2, {}, 3, step=0, legs=0, decided=0, tries=0, failures=0, score=None, leg=None)
+    expected = pbt.Member(2, {}, 3, step=0, waiting=False, tries=0, failures=0, score=None, leg=None)
     assert pbt.Population(pbt.Args(TOY)).members[2] == expected
 
 
 def test_no_two_purposes_share_random_numbers():
     """NOTE: default_rng((1, 2)) and default_rng((1, 2, 0)) are the same generator."""
     args = pbt.Args(TOY)
-    keys = (
-        [(1, j) for j in range(4)] + [(2, n) for n in range(4)] + [(3, j, tries) for j in range(3) for tries in (2, 3)]
-    )
+    keys = [(1, j) for j in range(4)] + [(2, n) for n in range(4)]
     assert len({pbt.generator(args, *key).integers(2**62) for key in keys}) == len(keys)
 
 
@@ -328,8 +330,8 @@ def test_replay_follows_the_winners_schedule(tmp_path):
     finished(tmp_path / "a", *SMALL)
     winner = pbt.load_population(tmp_path / "a")
     chain = [winner.legs[leg] for leg in winner.lineage(winner.best)]
-    schedule = pbt.winners_schedule(tmp_path / "a")
-    assert schedule == [(leg["step"], leg["hyper"]) for leg in chain] + [(math.inf, chain[-1]["hyper"])]
+    schedule = pbt.winners_schedule(winner)
+    assert schedule == [[leg["step"], leg["hyper"]] for leg in chain] + [[sys.maxsize, chain[-1]["hyper"]]]
     assert schedule[1][1] != schedule[-1][1]
     content = (tmp_path / "a" / "events.jsonl").read_bytes()
     flags = ["--interval", 100, "--total-timesteps", 500, "--population", 2, "--replay", tmp_path / "a", "--seed", 9]
@@ -339,6 +341,13 @@ def test_replay_follows_the_winners_schedule(tmp_path):
         assert [e["hyper"] for e in legs] == [leg["hyper"] for leg in chain]
         assert {e["seed"] for e in legs} == {9 + m}
     assert (tmp_path / "a" / "events.jsonl").read_bytes() == content
+    before = decisions(tmp_path / "b")
+    shutil.rmtree(tmp_path / "a")  # what b needs of it, b has stored
+    lines = (tmp_path / "b" / "events.jsonl").read_bytes().splitlines(True)
+    (tmp_path / "b" / "events.jsonl").write_bytes(b"".join(lines[:1]))
+    finished(tmp_path / "b", *flags, "--resume")
+    assert decisions(tmp_path / "b") == before
+    finished(tmp_path / "a", *SMALL)
     assert "needs --interval 100, and no --mutate" in refused(tmp_path / "c", *flags[2:])
     assert "needs --interval 100, and no --mutate" in refused(tmp_path / "c", *flags, "--mutate", "units:int:1:2")
 
@@ -358,7 +367,7 @@ def test_a_small_lead_is_not_copied(tmp_path):
 
 @pytest.mark.parametrize("selection", ["truncation", "tournament"])
 def test_the_gap_holds_for_both_selections_and_a_member_without_a_score_is_left_alone(selection):
-    args = pbt.Args(TOY, selection=selection, min_gap=1.0, quantile=0.5)
+    args = pbt.Args(TOY, selection=selection, min_gap=0.75, quantile=0.5)
     scores, seen = {0: 3.0, 1: 2.5, 2: 2.0, 3: None}, set()
     for seed in range(50):
         seen |= set(pbt.exploit(scores, args, np.random.default_rng(seed)).items())
@@ -371,7 +380,7 @@ def test_equal_scores_are_not_copied(selection):
     args = pbt.Args(TOY, selection=selection, quantile=0.5)
     for seed in range(20):
         assert pbt.exploit(dict.fromkeys(range(8), 500.0), args, np.random.default_rng(seed)) == {}
-        assert pbt.exploit({0: None, 1: math.nan, 2: None}, args, np.random.default_rng(seed)) == {}
+        assert pbt.exploit({0: None, 1: 500.0, 2: None}, args, np.random.default_rng(seed)) == {}
 
 
 def test_members_without_a_score_do_not_shield_the_worst():
@@ -380,25 +389,24 @@ def test_members_without_a_score_do_not_shield_the_worst():
     assert set(pbt.exploit(scores, pbt.Args(TOY), np.random.default_rng(0))) == {4, 5}
 
 
-def test_a_restart_from_a_younger_peer_does_not_put_decisions_off():
-    population = pbt.Population(pbt.Args(TOY, population=2, mode="async"))
-    old, young = population.members.values()
-    old.legs, old.decided, young.legs, young.leg = 7, 7, 4, "m01/t004"
-    copy = {"member": 0, "donor": 1, "hyper": {}, "seed": 5}
-    population.apply({"event": "decide", "members": [], "copies": [copy]})
-    assert old.legs == old.decided == 4
-    population.apply({"event": "leg", "leg": "m00/t008", "member": 0, "step": 250_000, "score": 1.0})
-    assert [m.id for m in population.due()] == [0, 1]
-
-
-def test_a_leg_without_an_episode_is_a_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "returns,signal_,event,score",
+    [
+        ([], None, "leg", None),
+        ([1.0, math.nan, 3.0, math.inf], None, "leg", 2.0),  # what is no number does not count
+        ([1.0], signal.SIGTERM, "failed", None),  # somebody has stopped the leg before its end
+    ],
+)
+def test_what_becomes_of_a_result(returns, signal_, event, score, tmp_path, capsys):
     population = pbt.Population(pbt.Args(TOY, population=1, run_dir=str(tmp_path)))
-    population.record, population.bar = lambda *_, **__: None, pbt.tqdm(disable=True)
+    recorded, population.bar = [], pbt.tqdm(disable=True)
+    population.record = lambda event, **content: recorded.append((event, content.get("score")))
     (tmp_path / "m00" / "t001").mkdir(parents=True)
     (tmp_path / "m00" / "t001" / "checkpoint.pt").touch()
     leg, _ = population.next_leg(population.members[0])
-    population.finish(leg, {"step": 50_000, "returns": [], "signal": None})
-    assert "m00/t001: no episode ended; --interval should be" in capsys.readouterr().err
+    population.finish(leg, {"step": 50_000, "returns": returns, "signal": signal_})
+    assert recorded == [(event, score)]
+    assert ("m00/t001: no episode ended; --interval should be" in capsys.readouterr().err) == (returns == [])
 
 
 def test_scores_by_evaluation(tmp_path):
@@ -517,23 +525,32 @@ def test_a_member_that_keeps_failing_does_not_end_a_population_that_trains(tmp_p
     assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
-def test_failures_of_one_member_alone_end_nothing(tmp_path):
-    population = pbt.Population(pbt.Args(TOY, population=2, run_dir=str(tmp_path)))
-    population.record = lambda *_, **__: None
-    for _ in range(10):
-        population.failed(population.members[0], "m00/t001", {"error": "x"})
-    with pytest.raises(pbt.RunFailed):
-        population.failed(population.members[1], "m01/t001", {"error": "x"})
+def test_a_member_that_always_diverges_does_not_make_decisions_depend_on_the_slots(tmp_path):
+    """Its learning rate is too large, say: this is what happens in a search, and no accident."""
+
+    class Diverges(Inline):
+        def start(self, request):
+            super().start(request)
+            if "m03/" in request.get("log", "") and float(request["train"][-1].split("=")[-1]) > 1e-3:
+                self.result = {"error": "toy_script.py: value_loss is nan"}
+
+    flags = ["--population", 8, "--interval", 100, "--total-timesteps", 500, "--seed", 4]
+    flags += ["--mutate", "learning_rate:log:1e-4:0.1"]
+    for slots in (1, 3, 8):
+        finished(tmp_path / str(slots), *flags, "--slots", slots, slot=Diverges)
+    assert len(events(tmp_path / "1", "failed")) >= 2
+    assert decisions(tmp_path / "1") == decisions(tmp_path / "3") == decisions(tmp_path / "8")
 
 
-def test_a_member_that_has_failed_twice_waits_for_a_leg_to_copy():
-    population = pbt.Population(pbt.Args(TOY, population=3))
-    population.members[0].failures = 2
-    running = [({"member": 1}, 0.0)]
-    assert [m.id for m in population.ready(running)] == [2]
-    assert {m.id for m in population.ready([])} == {0, 1, 2}  # nobody trains: it is tried again
-    population.legs = {"m01/t001": {}}
-    assert {m.id for m in population.ready(running)} == {0, 2}
+@pytest.mark.parametrize("mode,found", [("sync", False), ("async", True)])
+def test_a_member_that_has_failed_twice_waits_for_a_leg_to_copy(mode, found):
+    population = pbt.Population(pbt.Args(TOY, population=3, mode=mode))
+    for _ in range(2):
+        assert 0 in {m.id for m in population.ready([])}
+        population.apply({"event": "failed", "member": 0})
+    assert [m.id for m in population.ready([])] == [1, 2] and population.due() == []
+    population.apply({"event": "leg", "leg": "m01/t001", "member": 1, "step": 50_000, "score": 1.0})
+    assert ([m.id for m in population.due()] == [0, 1]) == found
 
 
 def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path):
@@ -547,17 +564,22 @@ def test_legs_that_all_fail_end_the_run(tmp_path, marks):
     for i in range(100):
         (marks / f"error{i}").touch()
     _, err = finished(tmp_path / "a", *SMALL, "--", "--trouble", "error", "--marks", marks, status=1)
-    assert "9 legs in a row have failed, the last with: toy_script.py: RuntimeError: an error" in err.splitlines()[-1]
+    assert len(events(tmp_path / "a", "failed")) == 8
+    assert "the legs of all members have failed twice: see above, and go on with --resume" in err.splitlines()[-1]
+    shutil.rmtree(marks)
+    marks.mkdir()  # what made them fail is mended
+    finished(tmp_path / "a", *SMALL, "--resume", "--", "--trouble", "error", "--marks", marks)
+    assert {m.step for m in pbt.load_population(tmp_path / "a").members.values()} == {500}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("legs", [0, 3])
 def test_a_leg_that_hangs_is_killed_the_first_ones_too(tmp_path, marks, legs):
     slot = trouble_after(legs, tmp_path / "a", marks, "hang", slot=PROCESS)
-    flags = ["--leg-timeout", 2, "--", "--trouble", "hang", "--marks", marks]
+    flags = ["--leg-timeout", 10, "--", "--trouble", "hang", "--marks", marks]  # 10: a new slot imports torch first
     finished(tmp_path / "a", *SMALL, *flags, slot=slot)
     (failed,) = events(tmp_path / "a", "failed")
-    assert "hung: no result after 2 s (see --leg-timeout)" in failed["error"]
+    assert re.search(r"hung: no result after \d+ s \(see --leg-timeout\)", failed["error"])
     assert len(events(tmp_path / "a", "leg")) == 20
 
 
@@ -573,7 +595,8 @@ def test_a_leg_past_the_limit_is_killed_and_run_again(tmp_path, monkeypatch):
 
     _, err = finished(tmp_path / "a", *SMALL, "--slots", 1, slot=Hanging)
     (failed,) = events(tmp_path / "a", "failed")
-    assert failed["error"] == "m00/t001 hung: no result after 0 s (see --leg-timeout)" in err
+    assert re.fullmatch(r"m00/t001 hung: no result after \d+ s \(see --leg-timeout\)", failed["error"])
+    assert failed["error"] in err
     assert len(events(tmp_path / "a", "leg")) == 20
 
 
@@ -624,33 +647,28 @@ def test_no_member_restarts_from_the_checkpoint_that_failed():
     """Members 0 and 1 share a damaged checkpoint, and member 0 has the best score."""
     population = pbt.Population(pbt.Args(TOY, population=3, mutate=["x:lin:0:1"]))
     for m, leg, score in zip(population.members.values(), ("m00/t001", "m00/t001", "m02/t001"), (3, None, 1)):
-        m.leg, m.score, m.failures = leg, score, 1
+        m.leg, m.score, m.hyper = leg, score, {"x": 0.5}
     recorded = []
-    population.record = lambda event, **content: (
-        recorded.append(content) or setattr(population.members[1], "failures", 2)
-    )
-    population.legs = {"m00/t001": {}, "m02/t001": {}}
-    population.failed(population.members[1], "m01/t002", {"error": "damaged"})
-    assert [c["donor"] for content in recorded for c in content.get("copies", [])] == [2]
+    population.record = lambda event, **content: recorded.append(content)
+    population.members[1].failures = 2
+    population.decide([population.members[1]])
+    assert [c["donor"] for content in recorded for c in content["copies"]] == [2]
 
 
-def survivors(mark):
-    """The processes of a run that still live after five seconds: they have its mark in their environment."""
-    deadline = time.time() + 5
-    while True:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                found += [path.parent.name] if mark.encode() in path.read_bytes() else []
-        if not found or time.time() > deadline:
-            return found
-        time.sleep(0.05)
+def living(mark):
+    """The processes of a run: they have its mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] if mark.encode() in path.read_bytes() else []
+    return found
 
 
 @pytest.mark.slow
 def test_twenty_sigkills_change_nothing_and_leave_no_process(tmp_path):
-    flags = [*SMALL, "--", "--seconds", 0.3]  # 25 events in some 4 s
-    finished(tmp_path / "whole", *SMALL)
+    small = [*SMALL, "--interval", 50]
+    flags = [*small, "--", "--seconds", 0.15]  # 50 events in some 4 s
+    finished(tmp_path / "whole", *small)
     chance, mark, struck = random.Random(0), f"pbt-test-{os.getpid()}-{time.time()}", set()
     for kill in range(20):
         flags_now, env = [*resume(tmp_path / "a"), *flags], os.environ | {"PBT_TEST": mark}
@@ -667,7 +685,7 @@ def test_twenty_sigkills_change_nothing_and_leave_no_process(tmp_path):
     finished(tmp_path / "a", *resume(tmp_path / "a"), *flags)
     assert len(struck) > 8  # in the middle
     assert decisions(tmp_path / "a") == decisions(tmp_path / "whole")
-    assert not survivors(mark)
+    wait_for(lambda: not living(mark))
 
 
 def resume(run_dir):
@@ -682,13 +700,16 @@ def test_signals_stop_everything_and_say_how_to_go_on(tmp_path, number):
     process = launch(tmp_path / "a", *flags, env=os.environ | {"PBT_TEST": mark})
     wait_for(lambda: len(events(tmp_path / "a", "leg")) >= 3, process)
     time.sleep(0.1)  # in the middle of the next legs
+    assert living(mark)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in err and "resource_tracker" not in err
-    assert not survivors(mark)
-    command = err.splitlines()[-1].split("to go on:")[1].split()
+    wait_for(lambda: not living(mark))
+    command = shlex.split(err.splitlines()[-1].split("to go on:")[1])
     assert command[:2] == ["python", "pbt_launcher.py"] and command.index("--resume") < command.index("--")
-    assert pbt.main(command[2:]) == 0
+    again = Forked([sys.executable, str(ROOT / "pbt_launcher.py"), *command[2:]], stdout=subprocess.PIPE, text=True)
+    again.communicate(timeout=120)
+    assert again.returncode == 0
     finished(tmp_path / "b", *SMALL)
     a, b = (decisions(tmp_path / x) for x in "ab")
     assert a == b
@@ -724,13 +745,17 @@ MISTAKES = [
     (["--warmup", "-5"], "--warmup -5 must be 0 or more"),
     (["--selection", "best"], "--selection"),
     (["--no-such-flag", "1"], "--no-such-flag"),
-    (["--mutate", "learning-rate:lin:0:1"], "--mutate learning_rate: it is given twice"),
-    (["--mutate", "units:int:1:2", "--", "--units", "3"], "--mutate units: it is given twice"),
-    (["--mutate", "seed:int:1:5"], "--mutate seed: the launcher sets it"),
-    (["--mutate", "run_dir:cat:a,b"], "--mutate run_dir: the launcher sets it"),
-    (["--", "--seed", "3"], "-- --seed: the launcher sets this flag"),
-    (["--", "--resume=x"], "-- --resume: the launcher sets this flag"),
-    (["--", "--stop-at-step", "3"], "-- --stop-at-step: the launcher sets this flag"),
+    (["--mutate", "learning-rate:lin:0:1"], "learning_rate: it is given twice"),
+    (["--mutate", "units:int:1:2", "--", "--units", "3"], "units: it is given twice"),
+    (["--mutate", "seed:int:1:5"], "seed: the launcher sets this flag"),
+    (["--mutate", "run_dir:cat:a,b"], "run_dir: the launcher sets this flag"),
+    (["--", "--seed", "3"], "seed: the launcher sets this flag"),
+    (["--", "--resume=x"], "resume: the launcher sets this flag"),
+    (["--", "--stop-at-step", "3"], "stop_at_step: the launcher sets this flag"),
+    (["--eval-episodes", "3"], "--eval-episodes goes with --score evaluation"),
+    (["--num-gpus", "1"], "--num-gpus goes with --executor ray"),
+    (["--executor", "ray", "--gpus", "0"], "--gpus goes with --executor local"),
+    (["--mutate", "units:int:0:1e30"], "--mutate units:int:0:1e30: expected NAME"),
     (["--resume"], "holds no population"),
     (["--replay", "nowhere"], "nowhere holds no population"),
     (["--mutate", "no_such:lin:0:1"], "toy_script.py: unrecognized arguments: --no-such="),
@@ -899,12 +924,14 @@ def test_ray_missing_is_one_line(tmp_path, monkeypatch):
     assert "pip install ray==2.60.0" in refused(tmp_path / "a", *SMALL, "--executor", "ray")
 
 
-def test_a_dead_ray_address_is_given_up(tmp_path):
-    pytest.importorskip("ray", reason="optional package ray is not installed")
-    start = time.time()
-    err = refused(tmp_path / "a", *SMALL, "--executor", "ray", "--ray-address", "127.0.0.1:9")
-    assert "--ray-address 127.0.0.1:9: no cluster there within a minute: " in err and "refused" in err
-    assert time.time() - start < 15
+def test_a_dead_ray_address_is_given_up_at_once(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="optional package ray is not installed")
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("it would try for minutes"))
+    with socket.socket() as silent:  # a port of our own, at which nobody listens
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        err = refused(tmp_path / "a", *SMALL, "--executor", "ray", "--ray-address", address)
+    assert f"--ray-address {address}: no cluster there within a minute: " in err and "refused" in err
 
 
 def test_what_ray_raises_is_one_line(tmp_path, monkeypatch):
