@@ -102,7 +102,8 @@ def table(study, results):
     settings = [s.name for s in STUDIES[study].settings if any(setting == s.name for setting, _ in found)]
     scores = {}
     if study == "ppo-table1":  # its scores compare the settings, so an environment counts when all of them have run
-        envs = [env for env in envs if all((setting.name, env) in found for setting in STUDIES[study].settings)]
+        whole = [[len(found.get((s.name, env), ())) for s in STUDIES[study].settings] for env in envs]
+        envs = [env for env, seeds in zip(envs, whole) if min(seeds) >= STUDIES[study].seeds]
         scores = normalised(found, envs) if envs else {}
     columns = [(env, step) for env in envs for step in (*at, None)]
     heads = [f"{env}, {step or STUDIES[study].steps:,} steps" if at else env for env, step in columns]

@@ -8,9 +8,11 @@
 
 A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv.gz gets a run's
 rows (about 100 points) when it is done: script, setting, env, seed, step, episodic_return, kl, learning_rate.
-STUDY.json says with which versions and on which machine. What is stored is never run again, so a study can be carried
-from machine to machine; nor is a run that another study has already stored: it is copied. Runs of Stable-Baselines3
-and sb3-contrib need the virtual environment that benchmark/speed.py makes (.venv-sb3).
+STUDY.json says with which versions and on which machine; where it is missing, the history of the file knows. What is
+stored is never run again, so a study can be carried from machine to machine; nor is a run that another study has
+already stored: it is copied. Let one process at a time run a study, since each writes the whole file. Runs of
+Stable-Baselines3 and sb3-contrib need the virtual environment that `benchmark/speed.py ppo` makes (.venv-sb3); broken
+ones begin again.
 """
 
 import argparse
@@ -35,6 +37,7 @@ import gymnasium as gym
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+SB3_PYTHON = ROOT / ".venv-sb3/bin/python"
 sys.path.insert(0, str(ROOT))
 COLUMNS = ("script", "setting", "env", "seed", "step", "episodic_return", "kl", "learning_rate")
 SEVEN = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
@@ -225,13 +228,22 @@ def store(study, results, setting, env, seed, progress, origin=None):
     """Add a finished run, and say with which versions it was made, if they are not those of an earlier one."""
     write(study, results, read(study, results) | {(setting.name, env, seed): thinned(setting, env, seed, progress)})
     if origin is None:
-        versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")}
-        now = {"date": str(datetime.date.today()), "python": platform.python_version(), "cpu": cpu_name()}
-        origin = now | versions
+        origin = {"date": str(datetime.date.today()), "cpu": cpu_name()} | versions(setting)
     known = [x for x in origins(study, results) if x and x != origin] + [origin]
     temporary = results / f"{study}.json.tmp"
     temporary.write_text(json.dumps(known, indent=1) + "\n")
     os.replace(temporary, results / f"{study}.json")
+
+
+def versions(setting):
+    """Those of Python and of the packages in the virtual environment that runs the setting's script."""
+    program = "import json, platform; from importlib.metadata import distributions; x = distributions();"
+    program += "x = {d.name.replace('_', '-'): d.version for d in x} | {'python': platform.python_version()};"
+    program += "print(json.dumps(x))"
+    python = SB3_PYTHON if setting.script == "benchmark/sb3.py" else sys.executable
+    found = json.loads(subprocess.run([python, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout)
+    names = "python", "torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sb3-contrib"
+    return {name: found[name] for name in names if name in found}
 
 
 def cpu_name():
@@ -280,7 +292,9 @@ def evaluate(name, study, results, folder, episodes=50):
         if (setting.name, env, seed) in known or run.step() < study.steps:
             continue
         if setting.script == "benchmark/sb3.py":
-            result = json.loads((run.folder / "fresh.json").read_text())
+            if not (text := (run.folder / "fresh.json").read_text()):
+                continue  # it has trained, and is still evaluating
+            result = json.loads(text)
         else:
             result = fresh_episodes(setting.script, run.folder, episodes)
         known[setting.name, env, seed] = {"setting": setting.name, "env": env, "seed": seed, "episodes": episodes} | {
@@ -310,7 +324,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             algorithm, *flags = self.setting.flags
             same = ["--env-id", self.env, "--seed", self.seed, "--total-timesteps", self.steps]
-            program = [ROOT / ".venv-sb3/bin/python", "-W", "ignore", ROOT / self.setting.script, algorithm]
+            if not SB3_PYTHON.exists():
+                sys.exit(f"{self.setting.name} needs {SB3_PYTHON}, which benchmark/speed.py ppo makes")
+            program = [SB3_PYTHON, "-W", "ignore", ROOT / self.setting.script, algorithm]
             return [*program, *same, *flags, "--csv", self.folder / "progress.csv", "--fresh", 50]
         script = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
         if (self.folder / "checkpoint.pt").exists():
@@ -356,8 +372,8 @@ def reproduce(name, study, workers, results, folder, stop=()):
     try:
         while (todo or running) and not stop:
             while todo and len(running) < workers:
+                todo[0].start()
                 running.append(todo.pop(0))
-                running[-1].start()
             time.sleep(0.5)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
@@ -373,7 +389,7 @@ def reproduce(name, study, workers, results, folder, stop=()):
             bar.update(min(finished + sum(run.step() for run in running + todo), bar.total) - bar.n)
     finally:
         for run in running:
-            run.process.terminate()  # it ends with a checkpoint
+            run.process.terminate()  # our scripts end with a checkpoint
         for run in running:
             run.process.wait()
         bar.close()
@@ -476,6 +492,8 @@ def main():
         for env in args.envs or ("Hopper-v4", "Walker2d-v4"):
             populations(env, args.steps or 1_000_000, args.seeds or 5, args.workers, args.results, args.run_dir / "pbt")
         return 0
+    if args.steps not in (None, STUDIES[args.study].steps) and args.results == parser.get_default("results"):
+        parser.error("--steps makes other runs than the stored ones: give --results a folder of its own")
     given = {"seeds": args.seeds, "steps": args.steps, "envs": args.envs and tuple(args.envs)}
     study = dataclasses.replace(STUDIES[args.study], **{key: x for key, x in given.items() if x is not None})
     if args.fresh:
