@@ -18,9 +18,8 @@ What is special to several agents is where the advantages A_t^g come from, and w
                training only, so the policies pi(a^g | o^g) stay decentralised.
     selfplay   One policy plays both sides of a zero-sum game, against itself and against its own past.
 
-mappo and ippo differ in the critic's input and in nothing else: with one agent that sees everything they are the same
-numbers, bit for bit. Agents share one network, which is told by a one-hot vector whom it speaks for; with
---no-share-params each has its own networks, normalisers and gradient norm, and learns from its own samples only.
+mappo and ippo differ in the critic's input and in nothing else. Agents share one network, which is told by a one-hot
+vector whom it speaks for; with --no-share-params each has networks, normalisers and a gradient norm of its own.
 
 --critic-input state-actions shows agent g's critic the actions of the others, too: V(s, a^-g). What they did is then
 no longer noise in agent g's advantage. That such a critic does not bias the policy gradient takes five lines:
@@ -167,9 +166,8 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 
 # ==== Policies and critics of a team ==================================================================================
 #
-# Actors are decentralised: an agent's policy knows its own observation, because that is all it will have when it acts.
-# Critics only help to learn, so they may know more. For both, P learners are one stack of P weight matrices: P = 1 if
-# all agents share a network, and P = G if each has its own. So both cases are one code path.
+# An agent's policy knows its own observation, because that is all that it will have when it acts. Critics only help to
+# learn, so they may know more.
 
 
 class RunningMeanStd(nn.Module):
@@ -198,10 +196,9 @@ class RunningMeanStd(nn.Module):
 
 class StackedMLP(nn.Module):
     """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
-    P = 1: the same network for each of the G agents; P = G: one network each.
-    windows (W, K), where a world has some, are W lists of K inputs that mean the same in W places: the lines of a
-    board, say. The first layer then reads each of them with the same weights, an eighth of `hidden` wide. What is
-    learned in one place is known in all of them."""
+    P = 1: one network for all G agents; P = G: one each. windows (W, K), where a world has some, are W lists of K
+    inputs that mean the same: the lines of a board, say. The first layer reads each of them with the same weights, an
+    eighth of `hidden` wide. So what is learned in one place is known in all."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
@@ -311,7 +308,7 @@ class Team(nn.Module):
         if self.discrete:
             return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
         mean, log_std = parameters.chunk(2, -1)
-        return mean + log_std.exp() * noise
+        return (mean + log_std.exp() * noise).where(legal, 0.0)  # 0 where a narrower agent has no such action
 
     def value_scale(self):
         """Mean and standard deviation of the returns, (P,) each: a value is mean + std * the critic's output."""
@@ -370,7 +367,7 @@ class BuiltInEnvironments:
     envs = ()  # nothing to close
 
     def __init__(self, args, world, old_team, noise, world_noise, rollout):
-        self.world, self.old_team, self.rollout, self.at = world, old_team, rollout, ("all", 0)
+        self.world, self.old_team, self.rollout = world, old_team, rollout
         self.noise, self.world_noise = noise, world_noise  # of the policies, of the world: random numbers for T steps
         self.all_steps = CudaGraph(self.steps) if args.cuda else self.steps
 
@@ -413,25 +410,26 @@ class ParallelEnvironments:
     def run(self, seeds=()):
         """T steps of old_team in each environment, written into their columns of the rollout. With seeds (N,), all
         begin new episodes first."""
-        columns = {key: x.numpy()[:, self.part] for key, x in self.rollout.items()}  # views, (T, n, ...)
-        # NOTE: every process gives the policies all N rows, zeros where the environment is not its own. Matrices of
-        # another size may be rounded differently, and the number of processes must not change a run.
-        obs, legal = (torch.zeros_like(self.rollout[key][0]) for key in ("obs", "legal"))
-        for i, seed in enumerate(seeds[self.part]):
-            self.begin_episode(i, 0, seed=int(seed))
-        for t, noise in enumerate(self.noise):
-            now = {key: x[t] for key, x in columns.items()}
-            for key, x in self.view.items():
-                now[key][:] = x
-            obs.numpy()[self.part], legal.numpy()[self.part] = self.view["obs"], self.view["legal"]
-            now["action"][:] = self.old_team.act(obs, legal, noise).numpy()[self.part]
-            for i, env in enumerate(self.envs):
-                self.at = self.part.start + i, t
-                successor, now["reward"][i], now["terminated"][i], now["over"][i], _ = env.step(now["action"][i])
+        with named_failures(lambda: "environment {}, step {} of the rollout".format(*self.at)):
+            columns = {key: x.numpy()[:, self.part] for key, x in self.rollout.items()}  # views, (T, n, ...)
+            # NOTE: every process gives the policies all N rows, zeros where the environment is not its own. Matrices of
+            # another size may be rounded differently, and the number of processes must not change a run.
+            obs, legal = (torch.zeros_like(self.rollout[key][0]) for key in ("obs", "legal"))
+            for i, seed in enumerate(seeds[self.part]):
+                self.begin_episode(i, 0, seed=int(seed))
+            for t, noise in enumerate(self.noise):
+                now = {key: x[t] for key, x in columns.items()}
                 for key, x in self.view.items():
-                    x[i] = now[f"next_{key}"][i] = successor[key]
-            for i in np.flatnonzero(now["over"]):
-                self.begin_episode(i, t)
+                    now[key][:] = x
+                obs.numpy()[self.part], legal.numpy()[self.part] = self.view["obs"], self.view["legal"]
+                now["action"][:] = self.old_team.act(obs, legal, noise).numpy()[self.part]
+                for i, env in enumerate(self.envs):
+                    self.at = self.part.start + i, t
+                    successor, now["reward"][i], now["terminated"][i], now["over"][i], _ = env.step(now["action"][i])
+                    for key, x in self.view.items():
+                        x[i] = now[f"next_{key}"][i] = successor[key]
+                for i in np.flatnonzero(now["over"]):
+                    self.begin_episode(i, t)
 
 
 # ==== Advantages, loss, update ========================================================================================
@@ -575,7 +573,7 @@ def train(args: Args) -> dict:
     world = make_world(args, args.num_envs, device)  # an id that does not exist ends here
     team = Team(world, args)
     actors = TeamActors(args, world, team)
-    pool = Pool(args) if args.algorithm == "selfplay" else None
+    pool = Pool(args, **run.checkpoint.get("adapted", {})) if args.algorithm == "selfplay" else None
     team.to(device)
 
     # What the update reads stays in one place and is overwritten there, as a CUDA graph demands. Hyperparameters are
@@ -589,8 +587,6 @@ def train(args: Args) -> dict:
     state = initial_state(team, len(names))
     run_epoch = accelerated(args, update_team, team, state, data, order, coef, args.norm_adv)
     global_step = run.restore(team, state, actors)
-    if pool:
-        pool.restore(run)
     if global_step >= run.last_step:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
@@ -605,8 +601,10 @@ def train(args: Args) -> dict:
             # ---- self-play: who sits on the other side ---------------------------------------------------------------
             if pool:
                 if global_step // B % pool.every == 0:
-                    pool.add(team, world.game, global_step)
+                    pool.add(team, world, global_step)
                 world.deal(pool.draw(team, world.HAND))
+                if args.opening_plies:
+                    world.new_openings(args.opening_plies)
 
             # ---- collect: run the old policies for T steps in N environments -----------------------------------------
             rollout = actors.collect(team, seed=(args.seed, global_step) if cut or pool else None)
@@ -649,18 +647,15 @@ def train(args: Args) -> dict:
 #
 # Against a fixed opponent a policy learns to exploit it. Against itself it always meets an equal, and both get better.
 # But a policy that only knows its present self may run in circles: what beats today's policy may lose to last week's.
-# So some of the boards are played against snapshots of the past.
-#
-# The learner sees a world with one agent: a step is its move and the reply. In every iteration a new hand of opponents
-# is drawn, and all games begin anew. Games that are not over by its end are cut off there, and the value of their last
-# position stands for the rest. All opponents have the same number of boards, so that one product of stacked matrices
-# moves them all.
+# So some of the boards are played against snapshots of the past. In every iteration a new hand of opponents is drawn,
+# and all games begin anew. Where one is cut off by that, the value of its last position stands for the rest. All
+# opponents have the same number of boards, so that one product of stacked matrices moves them all.
 
 
 class SelfPlay:
-    """A two-player zero-sum game as a world with one agent. Both sides see the board as the one who is to move. The
-    reward is 1 for a win, -1 for a loss, and may come from the opponent's ply. Who did not make the last move begins
-    the next game: after a win, the loser. So no ply is passed, and the side that is behind gets the easier seat."""
+    """A two-player zero-sum game as a world with one agent: a step is its move and the reply. Both sides see the board
+    as the one who is to move. The reward is 1 for a win, -1 for a loss, and may come from the opponent's ply. Who did
+    not make the last move begins the next game. So no ply is passed, and the side that lost gets the easier seat."""
 
     num_agents, HAND = 1, 8  # opponents that are met in one iteration
 
@@ -668,20 +663,18 @@ class SelfPlay:
         self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
         self.windows = getattr(game, "windows", None)
         self.action_space = gym.spaces.Discrete(game.num_actions)
-        self.opening_plies = args.opening_plies
         self.hand = StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0, self.windows)
-        self.hand.to(game.device)
+        for parameters in self.hand.to(game.device).parameters():
+            nn.init.zeros_(parameters)  # all moves are alike: until others are dealt, the opponents play at random
 
     def deal(self, actors):
         """Make these the opponents from now on: the parameters of HAND actors, as Pool.draw returns them."""
         self.hand.load_state_dict({name: torch.cat([actor[name].cpu() for actor in actors]) for name in actors[0]})
-        if self.opening_plies:
-            self.new_openings()
 
-    def new_openings(self):
-        """From now on, half of the boards begin their games after some random plies. Without that a policy would know
-        nothing of positions that good play never comes to. A random ply that would end the game is left out."""
-        game, N, K = self.game, self.game.num_envs, self.opening_plies
+    def new_openings(self, K):
+        """From now on, half of the boards begin their games after up to K random plies. Without that a policy would
+        know nothing of positions that good play never comes to. A random ply that would end the game is left out."""
+        game, N = self.game, self.game.num_envs
         plies = (torch.randint(1, K + 1, (N,)) * (torch.rand(N) < 0.5)).to(game.device)
         opening, noise = type(game)(N, game.device), gumbel(K, N, game.num_actions).to(game.device)
         for ply in range(K):
@@ -724,78 +717,54 @@ class SelfPlay:
 class Pool:
     """Snapshots of the actor, at equal distances; a part of the checkpoint."""
 
-    def __init__(self, args):
-        self.batch, self.latest_prob = args.num_envs * args.num_steps, args.latest_prob
-        self.every = math.ceil(args.total_timesteps / self.batch / args.pool_size)  # iterations
-        self.snapshots, self.strength = [], {"selfplay/score_random": math.nan, "selfplay/score_middle": math.nan}
+    def __init__(self, args, snapshots=(), strength=()):
+        self.args, batch = args, args.num_envs * args.num_steps
+        self.every = math.ceil(args.total_timesteps / batch / args.pool_size)  # iterations
+        self.snapshots, self.strength = list(snapshots), dict(strength)
+        if snapshots[1:]:  # a run that has become longer has them further apart
+            self.snapshots = snapshots[:: math.ceil(self.every * batch / snapshots[1]["global_step"])]
 
     def adapted(self):
         return {"snapshots": self.snapshots, "strength": self.strength}
 
-    def restore(self, run):
-        stored = run.checkpoint.get("adapted", {})
-        self.snapshots, self.strength = stored.get("snapshots", []), stored.get("strength", self.strength)
-        if self.snapshots[1:]:  # a run that has become longer has them further apart
-            stride = math.ceil(self.every * self.batch / self.snapshots[1]["global_step"])
-            self.snapshots = self.snapshots[::stride]
-
-    def add(self, team, game, global_step):
+    def add(self, team, world, global_step):
         """Measure the team, then add it."""
-        self.measure(team, game, torch.Generator().manual_seed(global_step))
+        self.measure(team, world, global_step)
         actor = {key: x.cpu().clone() for key, x in team.actor.state_dict().items()}
         self.snapshots.append({"global_step": global_step, "actor": actor})
 
     def draw(self, team, n):
         """The parameters of n opponents: a share latest_prob is the team's; the others are snapshots, drawn at random
         with replacement."""
-        present = round(n * self.latest_prob)
+        present = round(n * self.args.latest_prob)
         chosen = torch.randint(len(self.snapshots), (n - present,)).tolist()
         return [team.actor.state_dict()] * present + [self.snapshots[i]["actor"] for i in chosen]
 
-    def measure(self, team, game, generator):
+    def measure(self, team, world, seed):
         """Score against random play and the snapshot from the middle of the run so far. Not against the opponents of
         training: that score stays where it is however strong both sides become, or weak."""
-        game, me, past = type(game)(100, game.device), player(team, generator), copy.deepcopy(team)
-        self.strength = {"selfplay/score_random": match(game, me, random_player(generator)).mean().item()}
-        if self.snapshots:
-            past.actor.load_state_dict(self.snapshots[len(self.snapshots) // 2]["actor"])
-        self.strength["selfplay/score_middle"] = match(game, me, player(past, generator)).mean().item()
-
-
-def player(team, generator=None):
-    """A player for `match`: samples of the team's policy, or without generator its likeliest moves."""
-
-    def move(obs, legal):
-        noise = gumbel(len(obs), 1, team.action_dim, generator=generator).to(obs.device) if generator else 0.0
-        return team.act(obs[:, None], legal[:, None], noise)[:, 0]
-
-    return move
-
-
-def random_player(generator):
-    return lambda obs, legal: torch.multinomial(legal.float().cpu(), 1, generator=generator)[:, 0]
+        middle = self.snapshots[len(self.snapshots) // 2]["actor"] if self.snapshots else team.actor.state_dict()
+        with torch.random.fork_rng(devices=()):  # training's random numbers go on as if nothing had been played
+            torch.manual_seed(seed)
+            arena = SelfPlay(type(world.game)(96, world.game.device), self.args)
+            for key in ("selfplay/score_random", "selfplay/score_middle"):
+                self.strength[key] = (first_episodes(team, arena, sampled=True).mean().item() + 1) / 2
+                arena.deal([middle] * arena.HAND)
 
 
 @torch.no_grad()
-def match(game, first, second):
-    """Play one game on each board; `first` begins on every other one. Players are functions of obs (n, D) and legal
-    (n, A). Returns first's scores (N,): won 1, drawn 1/2, lost 0."""
-    N = game.num_envs
-    playing, score = torch.ones(N, dtype=torch.bool, device=game.device), torch.full((N,), 0.5)
-    game.restart(playing)
-    for ply in range(game.max_plies):
-        (obs, legal), move = game.view(), torch.zeros(N, dtype=torch.long, device=game.device)
-        for i, mover in enumerate((first, second) if ply % 2 == 0 else (second, first)):
-            move[i::2] = mover(obs[i::2], legal[i::2]).to(move.device)
-        won, over = game.play(move)
-        won = (won * playing).cpu()
-        won[1 - ply % 2 :: 2] *= -1  # these plies were second's
-        score += won / 2
-        playing &= ~over
-        game.restart(over)  # it goes on, but no longer counts
-        if not playing.any():
-            break
-    return score
+def first_episodes(team, world, sampled=False):
+    """Begin an episode in each environment of a built-in world and play it to its end, with the likeliest actions or
+    with sampled ones. Returns (N, G), raw."""
+    world.reset(torch.default_generator)
+    view, returns = world.view(), 0.0
+    playing = view["alive"][:, :1] > 0  # (N, 1)
+    while playing.any():
+        noise = team.noise(len(playing)).to(playing.device) if sampled else 0.0
+        action = team.act(view["obs"], view["legal"], noise)
+        view, _, reward, _, over = world.step(action, world.noise(1)[0].to(playing.device))
+        returns, playing = returns + playing * reward, playing & (over[:, None] == 0)
+    return returns
 
 
 # ==== Worlds that are built in ========================================================================================
@@ -806,11 +775,7 @@ def match(game, first, second):
 
 class SimpleSpread:
     """Three agents are to cover three landmarks without bumping into each other (Lowe et al. 2017). The same numbers as
-    mpe2's simple_spread_v3, whose time limit is 25 steps.
-
-    NOTE: not the MAPPO paper's numbers. There the reward is shared, positions follow the new velocity, landmarks are
-    nearer: their return is about 2 * (sum over agents of this one) - 75.
-    """
+    mpe2's simple_spread_v3, whose time limit is 25 steps. NOTE: not the MAPPO paper's: docs/multiagent.md converts."""
 
     num_agents, obs_dim, state_dim, action_space, length = 3, 18, 54, gym.spaces.Discrete(5), 25
 
@@ -995,37 +960,24 @@ def quiet_mujoco():
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
 
 
-def find_parallel_env(env_id):
-    """The function that makes a PettingZoo parallel environment, of an id such as mpe2.simple_tag_v3: a module, or a
-    member of one, with a `parallel_env`. Raises UserError."""
-    try:
-        return pkgutil.resolve_name(f"{env_id}.parallel_env")
-    except (ImportError, AttributeError, ValueError) as error:
-        pins = {"mpe2": "1.1.1", "gymnasium_robotics": "1.4.2", "pettingzoo": "1.27.0"}
-        root = env_id.partition(".")[0]
-        if root in pins and isinstance(error, ImportError):
-            name = f"{root.replace('_', '-')}=={pins[root]}"
-            raise UserError(f"{env_id}: {first_line(error)} (pip install {name})") from error
-        known = ", ".join([*WORLDS, *GAMES])
-        message = f"there is no environment {env_id}: built in are {known}; else name a module with a parallel_env"
-        raise UserError(f"{message} ({first_line(error)})") from None
-
-
 class ParallelEnv(gym.Env):
     """A PettingZoo parallel environment that shows views (see "What a world is"), as numpy arrays without N. Narrower
     agents are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
 
     def __init__(self, args, **kwargs):
-        make = find_parallel_env(args.env_id)
-        with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}", MISTAKES):
+        refused = (TypeError, AssertionError, ValueError) if args.env_kwargs != "{}" else ()  # as arguments are refused
+        with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}", (*MISTAKES, *refused)):
+            try:
+                make = pkgutil.resolve_name(f"{args.env_id}.parallel_env")
+            except (ImportError, AttributeError, ValueError) as error:
+                root, known = args.env_id.partition(".")[0], ", ".join([*WORLDS, *GAMES])
+                missing = isinstance(error, ImportError) and root in ("mpe2", "pettingzoo", "gymnasium_robotics")
+                hint = f" (pip install {root.replace('_', '-')})" if missing else ""
+                text = f"not one of {known}, nor a module with a parallel_env: {first_line(error)}{hint}"
+                raise UserError(text) from error
             if "mujoco" in args.env_id:
                 quiet_mujoco()
-            try:
-                self.env = make(**json.loads(args.env_kwargs), **kwargs)
-            except (TypeError, AssertionError, ValueError) as error:  # as environments refuse arguments
-                if args.env_kwargs == "{}":
-                    raise
-                raise UserError(first_line(error)) from error
+            self.env = make(**json.loads(args.env_kwargs), **kwargs)
             self.names, self.render_mode = list(self.env.possible_agents), kwargs.get("render_mode")
             self.spaces = [self.env.action_space(name) for name in self.names]
             self.obs_spaces = [self.seen(self.env.observation_space(name)) for name in self.names]
@@ -1042,18 +994,16 @@ class ParallelEnv(gym.Env):
         obs_dims = [gym.spaces.flatdim(space) for space in self.obs_spaces]
         self.obs_dim, self.has_state = max(obs_dims), False
         with named_failures(lambda: f"cannot reset {args.env_id}", MISTAKES):
-            self.reset(seed=0)
+            seen = [x[:n] for x, n in zip(self.reset(seed=0)[0]["obs"], obs_dims)]
             with contextlib.suppress(NotImplementedError, AttributeError):
-                self.has_state = self.env.state().size != sum(obs_dims)  # most are all observations together
+                state = np.asarray(self.env.state(), np.float32).ravel()
+                self.has_state = not np.array_equal(state, np.concatenate(seen))  # most show all observations together
             self.state_dim = self.reset(seed=0)[0]["state"].size
 
     @staticmethod
-    def seen(space_or_obs):
-        """The observation itself where a dictionary brings an action mask along."""
-        try:
-            return space_or_obs["observation"]
-        except (TypeError, KeyError, IndexError):
-            return space_or_obs
+    def seen(x):
+        """The observation, or its space, where a dictionary brings an action mask along."""
+        return x["observation"] if isinstance(x, dict | gym.spaces.Dict) and "observation" in list(x) else x
 
     def pack(self, obs, infos, rewards=None):
         view = {"obs": np.zeros((self.num_agents, self.obs_dim), np.float32), "legal": self.own_actions.copy()}
@@ -1099,12 +1049,6 @@ def close(*envs):
             env.close()
 
 
-def perform(environments, seeds):
-    """environments.run(seeds), where a failure names the environment and the step. Raises RunFailed."""
-    with named_failures(lambda: "environment {}, step {} of the rollout".format(*environments.at)):
-        return environments.run(seeds)
-
-
 def work_for_team(pipe, *args):
     """A worker process: run ParallelEnvironments(*args) as often as the parent asks for it."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them, too, and finishes its iteration first
@@ -1115,7 +1059,7 @@ def work_for_team(pipe, *args):
         try:
             environments = ParallelEnvironments(*args)
             while (seeds := pipe.recv()) is not None:
-                pipe.send(perform(environments, seeds))
+                pipe.send(environments.run(seeds))
             close(*environments.envs)
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
@@ -1127,26 +1071,23 @@ class TeamActors:
     iteration. The first part is this process's own."""
 
     def __init__(self, args, world, team):
-        T, N = args.num_steps, args.num_envs
-        self.old_team, self.noise = copy.deepcopy(team), team.noise(T, N)
-        self.rollout = empty_rollout(team, world, T, N)
+        T, N, built_in = args.num_steps, args.num_envs, not isinstance(world, ParallelEnv)
+        device = torch.device("cuda" if args.cuda and built_in else "cpu")
+        self.old_team, self.noise = copy.deepcopy(team).to(device), team.noise(T, N).to(device)
+        self.rollout = {key: x.to(device) for key, x in empty_rollout(team, world, T, N).items()}
         self.episodes, self.last = 0, deque(maxlen=100)  # last: (return, length) of the episodes that ended last
         self.running = torch.zeros(N, team.G + 1)  # returns of the episodes in flight, agent by agent, and their length
         self.ended = self.running[:0]  # the same of those that ended in this rollout
-        if isinstance(world, ParallelEnv):
-            close(world)
-            self.old_team.share_memory()
-            shared = self.old_team, self.noise.share_memory_(), {k: x.share_memory_() for k, x in self.rollout.items()}
-            k = min(max(args.num_workers, 1), N)  # processes
-            self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
-            self.kind = ParallelEnvironments
+        if built_in:
+            self.kind, world_noise = BuiltInEnvironments, world.noise(T).to(device)
+            self.parts = [(args, world, self.old_team, self.noise, world_noise, self.rollout)]
             return
-        device = torch.device("cuda" if args.cuda else "cpu")
-        self.old_team, self.noise = self.old_team.to(device), self.noise.to(device)
-        self.rollout = {key: x.to(device) for key, x in self.rollout.items()}
-        world_noise = world.noise(T).to(device)
-        self.parts = [(args, world, self.old_team, self.noise, world_noise, self.rollout)]
-        self.kind = BuiltInEnvironments
+        close(world)
+        self.old_team.share_memory()
+        shared = self.old_team, self.noise.share_memory_(), {k: x.share_memory_() for k, x in self.rollout.items()}
+        k = min(max(args.num_workers, 1), N)  # processes
+        self.kind = ParallelEnvironments
+        self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
 
     def __enter__(self):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -1180,7 +1121,7 @@ class TeamActors:
         try:
             for _, pipe in self.workers:
                 pipe.send(seeds)
-            answers = [perform(self.own, seeds)] + [pipe.recv() for _, pipe in self.workers]
+            answers = [self.own.run(seeds)] + [pipe.recv() for _, pipe in self.workers]
         except (EOFError, OSError) as error:
             for _, pipe in self.workers:  # one that could not make its environments has said why
                 with contextlib.suppress(EOFError, OSError):
@@ -1378,13 +1319,6 @@ class Run:
         self.wall_time, self.episodes_before = time.time() - self.start, actors.episodes
         return self.global_step
 
-    def adapted(self, name, flag):
-        """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
-        value = getattr(self.args, flag)
-        if self.checkpoint and self.checkpoint["args"].get(flag) != value:
-            self.checkpoint["adapted"].pop(name, None)  # nor may __enter__ write it into a new folder
-        return self.checkpoint.get("adapted", {}).get(name, value)
-
     def save(self, global_step, **adapted):
         saved = {"script": SCRIPT, "args": asdict(self.args), "global_step": global_step, "wall_time": self.wall_time}
         saved |= {"agent": self.agent.state_dict(), "adam": {key: self.state[key] for key in ("m", "v", "t")}}
@@ -1489,27 +1423,18 @@ def load_team(path, env_id=None, num_envs=1):
 
 @torch.no_grad()
 def evaluate(args) -> dict:
-    """Run the checkpoint's policies without noise, on the CPU: episodes or, in self-play, games against random play, of
-    which every other one is begun. Returns mean, std and raw returns, summed over agents (games: won 1, drawn 1/2), and
-    the means by agent. Raises UserError."""
+    """Run the checkpoint's policies without noise, on the CPU: episodes or, in self-play, games against random play.
+    Returns mean, std and raw returns, summed over agents, and the means by agent. Raises UserError."""
     torch.set_num_threads(1)
-    team, world, _, global_step = load_team(args.evaluate, args.env_id, args.eval_episodes)
+    N = SelfPlay.HAND * math.ceil(args.eval_episodes / SelfPlay.HAND)  # as many boards for each opponent
+    team, world, _, global_step = load_team(args.evaluate, args.env_id, N)
     if isinstance(world, ParallelEnv):
         path = Path(args.evaluate)
         folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{global_step}"
         returns = run_episodes(args, team, world, folder, name)  # (K, G)
-    elif args.capture_video:
-        raise UserError(f"{args.env_id} is built in and draws nothing: only PettingZoo environments can be filmed")
-    elif isinstance(world, SelfPlay):
-        generator = torch.Generator().manual_seed(args.seed)
-        returns = match(world.game, player(team), random_player(generator))[:, None]
     else:
-        world.reset(torch.Generator().manual_seed(args.seed))
-        view, returns, over = world.view(), 0.0, torch.zeros(1)
-        while not over.any():  # they all end together
-            action = team.act(view["obs"], view["legal"], 0.0)
-            view, _, reward, _, over = world.step(action, world.noise(1)[0])
-            returns = returns + reward
+        torch.manual_seed(args.seed)
+        returns = first_episodes(team, world)[: args.eval_episodes]
     total = returns.sum(-1)
     result = {"mean": total.mean().item(), "std": total.std(correction=0).item(), "returns": total.tolist()}
     return result | ({"mean_by_agent": returns.mean(0).tolist()} if team.G > 1 else {})
@@ -1575,7 +1500,7 @@ def parse_args(argv=None) -> Args:
         (args.algorithm == "selfplay", TEAMS, "does nothing with --algorithm selfplay"),
         (args.algorithm != "selfplay", SELFPLAY, f"does nothing with --algorithm {args.algorithm}"),
         (args.algorithm != "mappo", {"critic_input"}, "goes with --algorithm mappo"),
-        (args.env_id in WORLDS | GAMES, {"env_kwargs"}, f"does nothing in {args.env_id}, which is built in"),
+        (args.env_id in WORLDS | GAMES, {"env_kwargs", "capture_video"}, f"goes with PettingZoo, not {args.env_id}"),
     )
     for when, flags, what in useless:
         for flag in given & flags if when else ():
@@ -1595,19 +1520,13 @@ def check_args(args):
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
     moves = (GAMES[args.env_id].max_plies + 1) // 2 if args.env_id in GAMES else 0
-    try:
-        is_object = isinstance(json.loads(args.env_kwargs), dict)
-    except ValueError:
-        is_object = False
     rules = {
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
         "--norm-adv needs minibatches of at least 2 samples": not args.norm_adv or batch > args.num_minibatches,
         f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
-        f"--algorithm selfplay plays {games}; {args.env_id} is for mappo and ippo": not game or args.env_id in GAMES,
-        f"{args.env_id} is a game for --algorithm selfplay": game or args.env_id not in GAMES,
+        f"--algorithm selfplay plays {games}, the others everything else": game == (args.env_id in GAMES),
         f"--num-steps must be at least {moves}, or a long game would never end": args.num_steps >= moves,
         f"--num-envs must be a multiple of {SelfPlay.HAND} in a game": not game or args.num_envs % SelfPlay.HAND == 0,
-        f"--env-kwargs {args.env_kwargs} is not a JSON object": is_object,
         "--cuda: torch finds no CUDA device here": bool(args.evaluate) or not args.cuda or torch.cuda.is_available(),
     }
     for message, holds in rules.items():

@@ -31,6 +31,42 @@ CPU = torch.device("cpu")
 # ---- games -----------------------------------------------------------------------------------------------------------
 
 
+def player(team, generator=None):
+    """A player for `match`: samples of the team's policy, or without generator its likeliest moves."""
+
+    def move(obs, legal):
+        noise = ma.gumbel(len(obs), 1, team.action_dim, generator=generator).to(obs.device) if generator else 0.0
+        return team.act(obs[:, None], legal[:, None], noise)[:, 0]
+
+    return move
+
+
+def random_player(generator):
+    return lambda obs, legal: torch.multinomial(legal.float().cpu(), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def match(game, first, second):
+    """Play one game on each board; `first` begins on every other one. Players are functions of obs (n, D) and legal
+    (n, A). Returns first's scores (N,): won 1, drawn 1/2, lost 0."""
+    N = game.num_envs
+    playing, score = torch.ones(N, dtype=torch.bool, device=game.device), torch.full((N,), 0.5)
+    game.restart(playing)
+    for ply in range(game.max_plies):
+        (obs, legal), move = game.view(), torch.zeros(N, dtype=torch.long, device=game.device)
+        for i, mover in enumerate((first, second) if ply % 2 == 0 else (second, first)):
+            move[i::2] = mover(obs[i::2], legal[i::2]).to(move.device)
+        won, over = game.play(move)
+        won = (won * playing).cpu()
+        won[1 - ply % 2 :: 2] *= -1  # these plies were second's
+        score += won / 2
+        playing &= ~over
+        game.restart(over)  # it goes on, but no longer counts
+        if not playing.any():
+            break
+    return score
+
+
 def mcts(simulations, seed):
     """open_spiel's Monte Carlo tree search with one random playout per simulation, as a function of the columns played
     so far."""
@@ -52,7 +88,7 @@ def mcts(simulations, seed):
 
 @torch.no_grad()
 def match_against_search(game, me, search):
-    """As ppo_multiagent.match, against a function of the columns played so far. Returns scores (N,)."""
+    """As match, against a function of the columns played so far. Returns scores (N,)."""
     N, score = game.num_envs, torch.full((game.num_envs,), 0.5)
     playing, histories = torch.ones(N, dtype=torch.bool), [[] for _ in range(N)]
     game.restart(playing)
@@ -96,7 +132,7 @@ def rate_pool(run, team, game, generator):
     score = torch.full((len(players), len(players)), 0.5)
     for i in range(len(players)):
         for j in range(i):
-            score[i, j] = ma.match(game, *(ma.player(players[k], generator) for k in (i, j))).mean()
+            score[i, j] = match(game, *(player(players[k], generator) for k in (i, j))).mean()
             score[j, i] = 1 - score[i, j]
     steps = [x["global_step"] for x in snapshots] + [checkpoint["global_step"]]
     ratings = elo(score, game.num_envs).tolist()
@@ -144,7 +180,7 @@ def winning_columns(boards):
 def likeliest_columns(team, boards):
     game = game_at(boards)
     with torch.no_grad():
-        return game.column(ma.player(team)(*game.view()))
+        return game.column(player(team)(*game.view()))
 
 
 def one_ply(team, boards):
@@ -206,23 +242,23 @@ def rate(run, opponent, games, seed):
     team, _, trained, step = ma.load_team(run, "connect_four")
     generator, game = torch.Generator().manual_seed(seed), ma.ConnectFour(games, CPU)
     result = {"run": str(run), "global_step": step, "opponent": opponent}
-    randomly = ma.random_player(generator)
+    randomly = random_player(generator)
     if opponent == "pool":
         return result | rate_pool(run, team, game, generator)
     if opponent == "one-ply":
-        own = positions(ma.player(team, generator), games)
+        own = positions(player(team, generator), games)
         return result | {"own": one_ply(team, own), "random": one_ply(team, positions(randomly, games))}
     if opponent == "solver":
-        both = torch.cat([positions(ma.player(team, generator), games), positions(randomly, games)])
+        both = torch.cat([positions(player(team, generator), games), positions(randomly, games)])
         chosen = both[torch.randperm(len(both), generator=generator)[:1000]]
         return result | right_moves(team, chosen)
     if opponent == "random":
-        returns = ma.match(game, ma.player(team), randomly)
+        returns = match(game, player(team), randomly)
     elif re.fullmatch(r"mcts-[1-9]\d*", opponent):
-        returns = match_against_search(game, ma.player(team), mcts(int(opponent[5:]), seed))
+        returns = match_against_search(game, player(team), mcts(int(opponent[5:]), seed))
     else:
         other = ma.load_team(opponent, "connect_four")[0]
-        returns = ma.match(game, ma.player(team, generator), ma.player(other, generator))
+        returns = match(game, player(team, generator), player(other, generator))
     return result | {"mean": returns.mean().item(), "games": games}
 
 

@@ -79,7 +79,7 @@ def test_shares_of_wins_and_blocks(tournament, monkeypatch, column, wins, blocks
 @pytest.mark.slow
 def test_a_real_team_is_its_own_mirror_image(tournament, run):
     team, *_ = ma.load_team(run)
-    positions = tournament.positions(ma.random_player(torch.Generator().manual_seed(0)), 50)
+    positions = tournament.positions(tournament.random_player(torch.Generator().manual_seed(0)), 50)
     result = tournament.one_ply(team, positions)
     assert result["mirrored"] == 1 and result["of"] > 50 and len(positions) == len(positions.unique(dim=0))
 
@@ -97,6 +97,32 @@ def test_every_opponent_can_be_met(tournament, run, capsys):
     with pytest.raises(SystemExit) as stop:
         tournament.main([str(run), "nobody"])
     assert stop.value.code == 2 and "no checkpoint nobody" in capsys.readouterr().err
+
+
+def test_match_counts_for_the_right_side(tournament):
+    """A player that builds one column beats one that spreads; in both seats."""
+    game, plies = ma.ConnectFour(10, torch.device("cpu")), {"spreader": 0}
+
+    def builder(obs, legal):
+        return game.column(torch.full((10,), 3))[: len(obs)]
+
+    def spreader(obs, legal):
+        plies["spreader"] += 1
+        return game.column(torch.full((10,), plies["spreader"] // 2 % 3))[: len(obs)]
+
+    assert tournament.match(game, builder, spreader).tolist() == [1] * 10
+    assert tournament.match(game, spreader, builder).tolist() == [0] * 10
+
+
+def test_a_match_ends_with_its_last_game(tournament):
+    game, plies = ma.ConnectFour(10, torch.device("cpu")), []
+
+    def same_column(obs, legal):  # the first player's four are in a column after seven plies
+        plies.append(len(obs))
+        return game.column(torch.full((10,), 3 if len(plies) // 2 % 2 == 0 else 0))[: len(obs)]
+
+    tournament.match(game, same_column, same_column)
+    assert len(plies) == 2 * 7
 
 
 def test_search_is_given_the_game_as_it_was_played(tournament):
@@ -121,7 +147,7 @@ def test_the_solver_knows_what_is_known(tournament):
     """Only the centre wins on the empty board; a win that is there is a right move; a single threat must be blocked."""
     pytest.importorskip("bitbully", reason="optional package bitbully is not installed")
     assert tournament.solved(boards(""))[0].tolist() == [-1, -1, 0, 1, 0, -1, -1]
-    positions = tournament.positions(ma.random_player(torch.Generator().manual_seed(0)), 5)[-40:]
+    positions = tournament.positions(tournament.random_player(torch.Generator().manual_seed(0)), 5)[-40:]
     values, wins = tournament.solved(positions), tournament.winning_columns(positions)
     assert (
         (values[wins] == 1).all()

@@ -172,10 +172,20 @@ class Pictures(Alone):
     observation_spaces = {"only": Box(0, 255, (8, 8, 3), np.uint8)}
 
 
+class Filmed(Alone):
+    """One that can be looked at."""
+
+    metadata = {"render_fps": 10}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((64, 64, 3), 20 * self.clock, np.uint8)
+
+
 TROUBLE = {f"broken_{x}": type("Broken", (Broken,), {"trouble": x}) for x in ("raise", "nan", "reward", "shape")}
 NAMED = {"mixed": Mixed, "matrix": MatrixGame, "mortals": Mortals, "alone": Alone, "thrusters": Thrusters}
-NAMED |= {"leavers": Leavers, "pictures": Pictures, "waiting": Waiting, "nested": Nested}
-for name, env in (
-    NAMED | {"leavers": Leavers, "pictures": Pictures, "waiting": Waiting, "nested": Nested} | TROUBLE
-).items():
+NAMED |= {"leavers": Leavers, "pictures": Pictures, "waiting": Waiting, "nested": Nested, "filmed": Filmed}
+for name, env in (NAMED | TROUBLE).items():
     globals()[name] = type(name, (), {"parallel_env": env})

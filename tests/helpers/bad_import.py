@@ -1,0 +1,3 @@
+"""A module of environments with a mistake in it."""
+
+undefined  # noqa: B018, F821
