@@ -57,6 +57,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -152,8 +153,8 @@ class RunningMeanStd(nn.Module):
 
 
 def mlp(inputs, outputs, output_gain, hidden=(64, 64), activation=nn.Tanh):
-    """Fully connected network, 64-64 with tanh as in the paper. An orthogonal matrix keeps lengths, so signals neither
-    fade nor explode from layer to layer; the gain sqrt(2) makes up for what the activation takes away."""
+    """Fully connected network, 64-64 with tanh as in PPO's paper. An orthogonal matrix keeps lengths, so signals
+    neither fade nor explode from layer to layer; the gain sqrt(2) makes up for what the activation takes away."""
     layers = []
     for n_in, n_out in pairwise((inputs, *hidden, outputs)):
         layers += [nn.Linear(n_in, n_out), activation()]
@@ -255,6 +256,7 @@ class Environments:
             # another size may be rounded differently, and the number of processes must not change a run.
             all_obs = np.zeros(self.rollout["obs"].shape[1:], np.float32)  # (N, D)
             for i, seed in enumerate(seeds[self.part]):
+                np.random.seed(int(seed))  # noqa: NPY002 (some environments draw from the global generator)
                 self.begin_episode(i, 0, seed=int(seed))
             for t in range(len(self.noise)):
                 obs[t] = all_obs[self.part] = self.obs
@@ -373,7 +375,7 @@ def train(args: Args) -> dict:
     """PPO, Algorithm 1. Returns a summary: global_step, episodes, episodic_return and episodic_length (means of the
     last 100 episodes), returns (of the episodes of this call, at most 100), checkpoint (its path), signal (the one
     that ended the run, or None). Raises UserError before anything is written, RunFailed where a run cannot go on."""
-    run = Run(args)
+    check_args(args)
     env = make_env(args.env_id)  # an id that does not exist ends here
     close(env)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -391,7 +393,8 @@ def train(args: Args) -> dict:
     names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]
     state = initial_state(agent, len(names))
     run_epoch = accelerated(args, update, agent, state, data, order, coef, args.norm_adv)
-    global_step, learning_rate = run.restore(agent, state, actors), run.adapted("learning_rate", "learning_rate")
+    run = Run(args, agent, state, actors)
+    global_step, learning_rate = run.global_step, adapted(run, "learning_rate", "learning_rate")
     if global_step >= run.last_step:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
@@ -454,12 +457,16 @@ class RunFailed(Exception):
     """The run cannot go on: one line on standard error, exit status 1."""
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def say(text):
-    print(f"{SCRIPT}.py: {text}", file=sys.stderr, flush=True)
+    show(f"{SCRIPT}.py: {text}", sys.stderr)
+
+
+def show(text, file):
+    """Print a line. That nobody reads any more (`| head -1`) is no reason to end a run."""
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 # ---- environments and the processes that run them --------------------------------------------------------------------
@@ -486,24 +493,22 @@ def named_failures(describe, mistakes=()):
     of the kinds `mistakes` are the user's."""
     try:
         yield
-    except (UserError, *mistakes) as error:
-        raise UserError(f"{describe()}: {first_line(error)}") from error
-    except RunFailed as error:
-        raise RunFailed(f"{describe()}: {error}") from error
     except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, (UserError, RunFailed, *mistakes)):
+            kind = RunFailed if isinstance(error, RunFailed) else UserError
+            raise kind(f"{describe()}: {line}") from error
         frames = traceback.extract_tb(error.__traceback__)
         call = next((f.name for f in reversed(frames) if f.name in ("__init__", "reset", "step")), frames[-1].name)
-        text = f"{call}() raised {type(error).__name__}: {first_line(error)}"
+        text = f"{call}() raised {type(error).__name__}: {line}"
         place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
         raise RunFailed(f"{describe()}: {text} ({place})") from error
 
 
 def quiet_mujoco():
     """Silence an irrelevant warning of the v4 environments, which would also leave a file MUJOCO_LOG.TXT behind."""
-    try:
+    with named_failures(lambda: "cannot import mujoco", (Exception,)):  # MUJOCO_GL is neither egl, glfw nor osmesa, say
         import mujoco  # here, so that other environments do not need it
-    except Exception as error:  # MUJOCO_GL is set to something else than egl, glfw or osmesa, say
-        raise UserError(f"cannot import mujoco: {first_line(error)}") from error
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
 
 
@@ -516,13 +521,14 @@ def make_env(env_id, **kwargs):
             if "render_mode" in kwargs:
                 kwargs["camera_name"] = "track"  # else a body that walks leaves the picture
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if not isinstance(env.observation_space, gym.spaces.Box) or not env.observation_space.shape:
+            env = gym.wrappers.FlattenObservation(env)  # Discrete (one-hot), Dict, Tuple
     shape, space = env.observation_space.shape, env.action_space
-    if shape is not None and len(shape) > 1:
+    if shape is None or len(shape) > 1:
         raise UserError(f"{env_id} has observations of shape {shape}; this script is for vectors, not for images")
     if not (isinstance(space, gym.spaces.Discrete) or isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"):
         raise UserError(f"{env_id} has the action space {space}; this script does Box (float) and Discrete")
-    is_vector = isinstance(env.observation_space, gym.spaces.Box) and len(shape) == 1
-    return env if is_vector else gym.wrappers.FlattenObservation(env)  # Discrete (one-hot), Dict, Tuple
+    return env
 
 
 def close(*envs):
@@ -533,18 +539,23 @@ def close(*envs):
 
 def work(pipe, *args):
     """A worker process: run Environments(*args) as often as the parent asks for it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them, too, and finishes its iteration first
-        signal.signal(number, signal.SIG_IGN)
+    # The parent gets these signals, too, and finishes its iteration first. A program that an environment starts would
+    # inherit SIG_IGN, and SIGTERM could not end it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        envs = ()
         try:
             environments = Environments(*args)
+            envs = environments.envs
             while (seeds := pipe.recv()) is not None:
                 pipe.send(environments.run(seeds))
-            close(*environments.envs)
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
+            pipe.recv()  # it must not be gone before the parent has asked
+        close(*envs)
 
 
 class Actors:
@@ -582,8 +593,9 @@ class Actors:
         for _, pipe in self.workers:
             with contextlib.suppress(OSError):  # that worker is dead
                 pipe.send(None)
+        deadline = time.monotonic() + 5  # for all of them together
         for process, _ in self.workers:
-            process.join(timeout=5)
+            process.join(max(0, deadline - time.monotonic()))
             process.kill()
         close(*self.own.envs)
 
@@ -596,17 +608,13 @@ class Actors:
         try:
             for _, pipe in self.workers:
                 pipe.send(seeds)
-            answers = [self.own.run(seeds)] + [pipe.recv() for _, pipe in self.workers]
+            self.own.run(seeds)
+            failures = [answer for _, pipe in self.workers if (answer := pipe.recv())]
         except (EOFError, OSError) as error:
-            for _, pipe in self.workers:  # one that could not make its environments has said why
-                with contextlib.suppress(EOFError, OSError):
-                    if pipe.poll() and (answer := pipe.recv()):
-                        raise RunFailed(answer) from error
             codes = [process.exitcode for process, _ in self.workers if process.join(0.1) or not process.is_alive()]
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
-        for answer in answers:
-            if answer is not None:
-                raise RunFailed(answer)
+        if failures:
+            raise RunFailed(failures[0])
         self.running *= seed is None
         for reward, done in zip(self.rollout["reward"].numpy(), self.rollout["done"].numpy()):  # (N,), (N,)
             self.running[0] += reward
@@ -617,7 +625,7 @@ class Actors:
         return self.rollout
 
     def statistics(self):
-        """Episodes so far, and mean raw return and length of the last 100: the measure of the paper's Table 1."""
+        """Episodes so far, and mean raw return and length of the last 100: the measure of PPO's Table 1."""
         mean_return, mean_length = np.mean(self.last, axis=0).tolist() if self.last else (math.nan, math.nan)
         return {"episodes": self.episodes, "episodic_return": mean_return, "episodic_length": mean_length}
 
@@ -626,16 +634,18 @@ class Actors:
 
 
 def initial_state(agent, logged):
-    """The state of update() at the start. The agent's parameters become views of state["parameters"], one vector."""
-    vector = parameters_to_vector(agent.parameters()).detach()
-    vector_to_parameters(vector, agent.parameters())
+    """The state of update() at the start. The agent's parameters become views of state["parameters"], one vector.
+    Frozen ones (requires_grad_(False)) stay outside."""
+    learned = [p for p in agent.parameters() if p.requires_grad]
+    vector = parameters_to_vector(learned).detach()
+    vector_to_parameters(vector, learned)
     state = {"parameters": vector, "m": torch.zeros_like(vector), "v": torch.zeros_like(vector)}
     return state | {"t": torch.zeros_like(vector[0]), "sums": torch.zeros_like(vector[:logged])}
 
 
 def named_parts(agent, vector):
     """A vector of all parameters as a dict of tensors, by name."""
-    parameters = dict(agent.named_parameters())
+    parameters = {name: p for name, p in agent.named_parameters() if p.requires_grad}
     parts = vector.split([p.numel() for p in parameters.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts)}
 
@@ -649,27 +659,31 @@ def gradient(loss, vector):
     return torch.autograd.grad(value, vector)[0], {key: x.detach() for key, x in logged.items()}
 
 
-def scan_loop(step, rows, state):
-    """functools.reduce, as one node of a compiled graph. No Python runs in it: 98 us a minibatch instead of 165."""
-    return scan(lambda state, row: (step(state, row), row[0].clone()), state, rows)[0]
-
-
 def accelerated(args, update, agent, state, data, order, *operands):
     """One pass over the batch as a function without arguments, in the fastest form that the run allows. For each row of
     order (B/M, M), the places of a minibatch in data, it overwrites state with update(agent, state, minibatch, ...)."""
-    loop = scan_loop if args.compile and not args.cuda else reduce
     update = compiled(update, args.cuda) if args.compile and args.cuda else update
 
     def minibatch_update(state, index):
         return update(agent, state, {key: x[index] for key, x in data.items()}, *operands)
 
     def epoch():
-        for key, x in loop(minibatch_update, order, state).items():
+        if args.compile and not args.cuda:  # the loop, too, is part of the graph: 98 us a minibatch instead of 165
+            new, _ = scan(lambda state, index: (minibatch_update(state, index), index[0].clone()), state, order)
+        else:
+            new = reduce(minibatch_update, order, state)
+        for key, x in new.items():
             state[key].copy_(x)
 
     if args.cuda:
         return CudaGraph(epoch)
     return compiled(epoch, args.cuda) if args.compile else epoch
+
+
+def can_compile():
+    """Whether there are what torch.compile needs: a C++ compiler and Python's header files."""
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def compiled(function, cuda):
@@ -717,22 +731,9 @@ class CudaGraph:
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------
 
 
-def save_checkpoint(state, path):
-    """Write to a temporary file, flush, rename: `path` is whole at any moment. Raises RunFailed if the disk is full."""
-    blob, temporary = io.BytesIO(), path.with_suffix(".pt.tmp")
-    torch.save(state, blob)
-    try:
-        temporary.write_bytes(blob.getbuffer())
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from None
-
-
-def load_checkpoint(path, env_id=None):
-    """The state that save_checkpoint wrote, from a file or a run folder. It runs no code. Raises UserError."""
+def load_checkpoint(path, env_id=None, agent=None):
+    """What Run.save wrote, from a file or a run folder; its weights go into the agent. It runs no code. Raises
+    UserError if it is damaged, or of another script, environment, observation or network."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
@@ -745,74 +746,83 @@ def load_checkpoint(path, env_id=None):
         raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
+    try:
+        if agent is not None:
+            agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint does not fit this agent: {str(error).splitlines()[-1].strip()}") from error
     return state
 
 
-def load_weights(agent, checkpoint):
-    """Raises UserError if the checkpoint is of another network, or of an environment with another observation."""
+def lock(file):
+    """Raises BlockingIOError if another process holds it."""
     try:
-        agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint does not fit this agent: {str(error).splitlines()[-1].strip()}") from error
+        import fcntl  # Windows has none
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if isinstance(error, BlockingIOError):
+            raise  # and else this file system has no locks
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """The run's folder: checkpoint.pt, args.json, the script, progress.csv, TensorBoard events. And its progress bar,
     which is a plain line every ten seconds where there is no terminal."""
 
-    def __init__(self, args):
-        """Check what can be checked, and read the checkpoint to resume. Writes nothing. Raises UserError."""
-        self.start, self.args, self.signal = time.time(), args, None
-        check_args(args)
-        self.checkpoint = load_checkpoint(args.resume, args.env_id) if args.resume else {}
-        resumed = args.resume and (Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent)
-        name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    def __init__(self, args, agent, state, actors):
+        """Choose the folder; with --resume, put the checkpoint's state in place. Writes nothing. Raises UserError."""
+        super().__init__()
+        self.args, self.agent, self.state, self.actors, self.signal = args, agent, state, actors, None
+        self.checkpoint, resumed = {}, None
+        if args.resume:
+            self.checkpoint, source = load_checkpoint(args.resume, args.env_id, agent), Path(args.resume)
+            folder = source if source.is_dir() else source.parent
+            resumed = folder if source in (folder, folder / "checkpoint.pt") else None  # a copy elsewhere has no folder
+        env = args.env_id.replace("/", "_").replace(":", "_")
+        name = f"{env}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or resumed or Path("runs") / name)
         if (self.dir / "checkpoint.pt").exists() and not (resumed and self.dir.resolve() == resumed.resolve()):
             raise UserError(f"{self.dir} holds another run: --resume {self.dir}, or choose another --run-dir")
         self.last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
-
-    def restore(self, agent, state, actors):
-        """Put the checkpoint's state in place, if there is one. Returns global_step."""
-        self.agent, self.state, self.actors = agent, state, actors
         if self.checkpoint:
-            load_weights(agent, self.checkpoint)
             for key, x in self.checkpoint["adam"].items():
                 state[key].copy_(x)
             actors.episodes = self.checkpoint["episodes"]
             actors.last.extend(map(tuple, self.checkpoint["last"]))
-            if self.args.seed == self.checkpoint["args"]["seed"]:  # another seed begins a stream of its own
+            if args.seed == self.checkpoint["args"]["seed"]:  # another seed begins a stream of its own
                 torch.set_rng_state(self.checkpoint["rng"])
-        self.global_step = self.checkpoint.get("global_step", 0)
-        self.start -= self.checkpoint.get("wall_time", 0.0)
-        self.wall_time, self.episodes_before = time.time() - self.start, actors.episodes
-        return self.global_step
-
-    def adapted(self, name, flag):
-        """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
-        value = getattr(self.args, flag)
-        if self.checkpoint and self.checkpoint["args"].get(flag) != value:
-            self.checkpoint["adapted"].pop(name, None)  # nor may __enter__ write it into a new folder
-        return self.checkpoint.get("adapted", {}).get(name, value)
+        self.global_step, self.episodes_before = self.checkpoint.get("global_step", 0), actors.episodes
+        self.wall_time = self.wall_time_before = self.checkpoint.get("wall_time", 0.0)
+        self.start = time.perf_counter() - self.wall_time
 
     def save(self, global_step, **adapted):
+        """Write to a temporary file, flush, rename: checkpoint.pt is whole at any moment. Raises RunFailed."""
         saved = {"script": SCRIPT, "args": asdict(self.args), "global_step": global_step, "wall_time": self.wall_time}
         saved |= {"agent": self.agent.state_dict(), "adam": {key: self.state[key] for key in ("m", "v", "t")}}
         saved |= {"adapted": adapted, "rng": torch.get_rng_state()}
         saved |= {"episodes": self.actors.episodes, "last": list(self.actors.last)}
-        save_checkpoint(saved, self.dir / "checkpoint.pt")
+        path, temporary, blob = self.dir / "checkpoint.pt", self.dir / "checkpoint.pt.tmp", io.BytesIO()
+        torch.save(saved, blob)
+        try:
+            temporary.write_bytes(blob.getbuffer())
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:  # a full disk, say
+            temporary.unlink(missing_ok=True)
+            raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from None
 
     def __enter__(self):
         args, terminal = self.args, sys.stderr.isatty()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.csv = open(self.dir / "progress.csv", "a+", buffering=1, newline="\n")
-            with contextlib.suppress(ImportError):  # Windows has no fcntl
-                import fcntl
-
-                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.csv = self.enter_context(open(self.dir / "progress.csv", "a+", buffering=1, newline="\n"))
+            lock(self.csv)
             self.csv.seek(0)
-            lines = self.csv.readlines() if self.global_step else []
+            lines = self.csv.readlines()
+            if lines and not lines[0].startswith("global_step,"):
+                raise ValueError
+            lines = lines if self.global_step else []
             kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
         except OSError as error:
             busy = isinstance(error, BlockingIOError)
@@ -820,6 +830,7 @@ class Run:
         except ValueError as error:
             raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
         self.csv.truncate(len("".join(lines[:1] + kept)))  # rows past the checkpoint tell of steps that were lost
+        self.columns = "".join(lines[:1])
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
         limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
         if args.checkpoint_every < 4 * args.num_envs * limit:
@@ -832,49 +843,45 @@ class Run:
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
             shutil.copy(__file__, self.dir)
-        self.board = SummaryWriter(self.dir, purge_step=self.global_step + 1 if self.global_step else None)
-        out = sys.stderr if terminal else open(os.devnull, "w")
-        self.bar = tqdm(total=self.last_step, initial=self.global_step, unit=" steps", file=out)
-        self.next_line = math.inf if terminal else time.time() + 10
+        lost = self.global_step + 1 if self.global_step else None
+        self.board = self.enter_context(SummaryWriter(self.dir, purge_step=lost))
+        shown = {"file": sys.stderr} if terminal else {"file": open(os.devnull, "w"), "mininterval": 10, "miniters": 1}
+        self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self.handlers = {number: signal.signal(number, self.stop) for number in numbers}
+        for number in numbers:
+            self.callback(signal.signal, number, signal.signal(number, self.stop))
         return self
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
-        iteration_time, self.wall_time = time.time() - self.start - self.wall_time, time.time() - self.start
+        before, self.wall_time = self.wall_time, time.perf_counter() - self.start
         for key, x in losses.items():
             if not math.isfinite(x) and key != "explained_variance":  # which is nan if all returns are the same
                 raise RunFailed(f"{key} is {x} at step {global_step}")
-        charts = {"SPS": B / iteration_time} | self.actors.statistics() | charts
+        charts = {"SPS": B / (self.wall_time - before)} | self.actors.statistics() | charts
         row = {"global_step": global_step, "wall_time": self.wall_time} | charts | losses
-        if not self.csv.tell():
-            print(*(key.split("/")[-1].lower() for key in row), sep=",", file=self.csv)
+        columns = ",".join(key.split("/")[-1].lower() for key in row) + "\n"
+        if columns != self.columns:
+            if self.columns:
+                raise RunFailed(f"{self.csv.name} has other columns: resume into a new --run-dir")
+            self.csv.write(columns)
+            self.columns = columns
         print(*(f"{x:.7g}" if isinstance(x, float) else x for x in row.values()), sep=",", file=self.csv)
         for key, x in (charts | losses).items():
             tag = key if "/" in key else f"{'charts' if key in charts else 'losses'}/{key}"
             self.board.add_scalar(tag, x, global_step)
         self.bar.set_postfix_str(f"return {charts['episodic_return']:.1f}", refresh=False)
         self.bar.total = max(self.bar.total, global_step)  # the last iteration may pass the end
-        self.bar.update(global_step - self.bar.n)
-        if time.time() > self.next_line:
-            print(self.bar, file=sys.stderr, flush=True)
-            self.next_line = time.time() + 10
+        if self.bar.update(global_step - self.bar.n) and not sys.stderr.isatty():
+            show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration; the same again kills."""
+        """The first SIGINT or SIGTERM ends the run after its iteration, or at once if that is the first one: there is
+        nothing to save. The same again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
-
-    def __exit__(self, kind, error, trace):
-        for x in (self.bar, self.board, self.csv):
-            x.close()
-        for number, before in self.handlers.items():
-            signal.signal(number, before)
-        failed = isinstance(error, RunFailed | OSError) and not isinstance(error.__cause__, EOFError | OSError)
-        if self.signal and isinstance(error, Exception) and not failed:
-            # Ctrl-C has also reached a compiler that was at work, or workers that were not ready.
-            raise KeyboardInterrupt(self.signal) from error
+        if self.wall_time == self.wall_time_before:
+            raise KeyboardInterrupt(number)
 
     def summary(self, global_step):
         new = min(self.actors.episodes - self.episodes_before, 100)
@@ -883,17 +890,24 @@ class Run:
         return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": self.signal}
 
 
+def adapted(run, name, flag):
+    """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
+    value = getattr(run.args, flag)
+    if run.checkpoint and run.checkpoint["args"].get(flag) != value:
+        run.checkpoint["adapted"].pop(name, None)  # nor may Run.__enter__ write it into a new folder
+    return run.checkpoint.get("adapted", {}).get(name, value)
+
+
 # ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def evaluate(args) -> dict:
     """Run the checkpoint's policy without noise, on the CPU. Returns mean, std and raw returns. Raises UserError."""
-    checkpoint = load_checkpoint(args.evaluate, args.env_id)
     torch.set_num_threads(1)
     env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     agent, noise, returns = Agent(env.observation_space.shape[0], env.action_space), 0.0, []
-    load_weights(agent, checkpoint)
+    checkpoint = load_checkpoint(args.evaluate, args.env_id, agent)
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
     with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
         if args.capture_video:
@@ -917,7 +931,7 @@ def cli(argv) -> Args:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv)
+            args = tyro.cli(Args, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help
             sys.stdout.flush()
@@ -925,6 +939,10 @@ def cli(argv) -> Args:
         lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # title, message, rule, help
         text = dropwhile(lambda line: not line.strip("─-"), lines)
         raise UserError(" ".join(takewhile(lambda line: line.strip("─-"), text))) from None
+    for key, x in vars(args).items():
+        if x == "":  # --resume "$RUN", say, where RUN is not set
+            raise UserError(f"--{key.replace('_', '-')} is empty")
+    return args
 
 
 PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
@@ -935,11 +953,10 @@ def parse_args(argv=None) -> Args:
     """The command line's Args; with --resume or --evaluate, flags that are not given keep the checkpoint's values."""
     argv = sys.argv[1:] if argv is None else argv
     args = cli(argv)
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    default = {"compile": args.total_timesteps >= 200_000 and compiler is not None}
-    if source := args.evaluate or args.resume:
-        default = load_checkpoint(source)["args"]
     given = {x.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for x in argv if x.startswith("--")}
+    default = {"compile": args.total_timesteps >= 200_000 and can_compile()}
+    if source := args.evaluate or args.resume:
+        default = load_checkpoint(source, args.env_id if "env_id" in given else None)["args"]
     for key in default.keys() & vars(args).keys() - given - PROCESS_ONLY - EVALUATION:
         setattr(args, key, default[key])
     if args.evaluate:
@@ -971,6 +988,8 @@ def check_args(args):
         raise UserError(f"--total-timesteps is shorter than one iteration of {batch} steps")
     if args.cuda and not args.evaluate and not torch.cuda.is_available():
         raise UserError("--cuda: torch finds no CUDA device here")
+    if args.compile and not args.evaluate and not can_compile():
+        raise UserError("--compile needs a C++ compiler and Python's headers (python3-dev); or give --no-compile")
 
 
 def main(argv=None) -> int:
@@ -986,16 +1005,16 @@ def main(argv=None) -> int:
             say(f"to go on:    python {SCRIPT}.py --resume {run_dir}{longer}")
             say(f"to plot:     tensorboard --logdir {run_dir}")
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
-        print(json.dumps(result), flush=True)
+        show(json.dumps(result), sys.stdout)
         return 128 + result["signal"] if result.get("signal") else 0
-    except BrokenPipeError:  # `| head -1` has read enough
+    except BrokenPipeError:  # `--help | head -1` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, RunFailed, OSError) as error:
         say(error)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as interrupt:
-        say("interrupted before the first iteration")
+        say("interrupted")
         return 128 + (interrupt.args or [signal.SIGINT])[0]
 
 

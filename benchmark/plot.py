@@ -295,7 +295,7 @@ def film(*folders):
         checkpoint = script.load_checkpoint(folder)
         env = script.make_env(checkpoint["args"]["env_id"], render_mode="rgb_array", width=200, height=200)
         agent = script.Agent(env.observation_space.shape[0], env.action_space)
-        script.load_weights(agent, checkpoint)
+        agent.load_state_dict(checkpoint["agent"])
         (obs, _), frames, every = env.reset(seed=1), [], max(1, round(1 / 30 / env.unwrapped.dt))
         for t in range(100 * every):
             with torch.no_grad():
@@ -459,7 +459,7 @@ def direction_agreement(trpo, folder, seeds=range(6)):
     args, found = trpo.Args(**checkpoint["args"] | {"num_workers": 0}), []
     env = trpo.make_env(args.env_id)
     agent = trpo.Agent(env.observation_space.shape[0], env.action_space)
-    trpo.load_weights(agent, checkpoint)
+    agent.load_state_dict(checkpoint["agent"])
     theta = parameters_to_vector(trpo.policy_part(agent).values()).detach()
     with trpo.Actors(args, agent) as actors:
         for seed in seeds:

@@ -265,7 +265,7 @@ def fresh_episodes(script, folder, episodes):
     for name, noisy in (("mean_action", False), ("sampled", True)):
         env = module.make_env(checkpoint["args"]["env_id"])
         agent, returns, seed = module.Agent(env.observation_space.shape[0], env.action_space), [], 12345
-        module.load_weights(agent, checkpoint)
+        agent.load_state_dict(checkpoint["agent"])
         torch.manual_seed(seed)
         while len(returns) < episodes:
             (obs, _), done, total, seed = env.reset(seed=seed), False, 0.0, None

@@ -17,15 +17,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
 from forking import Forked  # noqa: E402
 
-SCRIPTS = [
-    p
-    for p in ("trpo_continuous", "ppo_clip", "ppo_klpen", "ppo_multiagent", "pbt_launcher")
-    if (ROOT / f"{p}.py").exists()
-]
-TRAINING = [name for name in SCRIPTS if name in ("trpo_continuous", "ppo_clip", "ppo_klpen")]  # one agent each
+TRAINING = ["trpo_continuous", "ppo_clip", "ppo_klpen"]  # one agent each
 CONTRACT = [*TRAINING, "ppo_multiagent"]  # keep the contract of flags and run folders
-HOUSE = [name for name in CONTRACT if "Actors:" in (ROOT / f"{name}.py").read_text()]  # actors as processes
-HOUSE = [name for name in HOUSE if "class Run:" in (ROOT / f"{name}.py").read_text()]
+SCRIPTS = [*CONTRACT, "pbt_launcher"]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -59,19 +53,22 @@ def cli(tmp_path):
     """Start a script in an empty folder, as a user would; returns the finished process or, wait=False, the Popen. With
     fresh=True in an interpreter of its own, otherwise in a fork of this one, which has imported the packages."""
 
+    started = []
+
     def start(name, *flags, wait=True, fresh=False, cwd=tmp_path, **kwargs):
         path = name if name.endswith(".py") else ROOT / f"{name}.py"
         command = [sys.executable, str(path), *map(str, flags)]
         env = os.environ | {"PYTHONPATH": str(HELPERS)}
         defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = (subprocess.Popen if fresh else Forked)(command, cwd=cwd, env=env, **(defaults | kwargs))
+        started.append(process)
         if not wait:
             return process
-        with process:
-            try:
-                out, err = process.communicate(timeout=300)  # s: whoever hangs says so
-            finally:
-                process.kill()
+        out, err = process.communicate(timeout=300)  # s: whoever hangs says so
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
-    return start
+    yield start
+    for process in started:  # of a test that has failed, too
+        process.kill()
+        with process:  # which closes its pipes, and waits
+            pass

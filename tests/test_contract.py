@@ -14,7 +14,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HOUSE, ROOT, TRAINING
+from conftest import CONTRACT, ROOT, TRAINING
 from waiting import killed_after, wait_for
 
 BASE = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4"]
@@ -60,7 +59,7 @@ def tensors(script, path):
 
 def small_for(script):
     flags = {"trpo_continuous": SMALL_TRPO, "ppo_multiagent": SMALL_MULTI}.get(script.__name__, SMALL)
-    return [*flags, "--num-workers", "0"] if script.__name__ in HOUSE else flags
+    return [*flags, "--num-workers", "0"]
 
 
 def rows(path):
@@ -290,7 +289,7 @@ def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
 
     def start(**kwargs):
         begun = ["--resume", "killed"] if (killed / "checkpoint.pt").exists() else [*flags, "--run-dir", "killed"]
-        return cli(trainer.__name__, *begun, *(["--num-workers", 2] if trainer.__name__ in HOUSE else []), **kwargs)
+        return cli(trainer.__name__, *begun, "--num-workers", 2, **kwargs)
 
     def seen():
         return progress.stat().st_mtime_ns if progress.exists() else None
@@ -315,10 +314,7 @@ def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_a_checkpoint_that_resumes(trainer, tmp_path, cli, number):
-    several, one = (["--vectorization", x] for x in ("async", "sync"))
-    if trainer.__name__ in HOUSE:
-        several, one = (["--num-workers", x] for x in (2, 0))
-    flags = [*small_for(trainer), "--total-timesteps", 10_000_000, *several]
+    flags = [*small_for(trainer), "--total-timesteps", 10_000_000, "--num-workers", 2]
     process = cli(trainer.__name__, *flags, "--run-dir", "a", wait=False, start_new_session=True)
     wait_for(lambda: (tmp_path / "a" / "progress.csv").exists() and len(rows(tmp_path / "a")) >= 3, process)
     send = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches the group
@@ -327,7 +323,7 @@ def test_signals_leave_a_checkpoint_that_resumes(trainer, tmp_path, cli, number)
     assert process.returncode == 128 + number and "Traceback" not in err
     summary = json.loads(out.splitlines()[-1])
     assert int(rows(tmp_path / "a")[-1]["global_step"]) == summary["global_step"]
-    again = cli(trainer.__name__, "--resume", "a", *one, "--stop-at-step", summary["global_step"] + 256)
+    again = cli(trainer.__name__, "--resume", "a", "--num-workers", 0, "--stop-at-step", summary["global_step"] + 256)
     assert again.returncode == 0 and int(rows(tmp_path / "a")[-1]["global_step"]) == summary["global_step"] + 256
 
 
@@ -353,8 +349,6 @@ MISTAKES = [
 @pytest.mark.parametrize("flags,message", MISTAKES)
 def test_a_mistake_is_one_line(trainer, flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if trainer.__name__ not in HOUSE:
-        message = {"--num-envs 0 must be": "num_envs must be", "--gamma 1.5 must": "gamma must"}.get(message, message)
     if trainer.__name__ == "ppo_multiagent":
         flags = [x.replace("toy_envs:TupleActions-v0", "toy_parallel.mixed") for x in flags]
     assert run(trainer, *flags, small=small_for(trainer)) == 2
@@ -378,11 +372,6 @@ def test_a_flag_that_does_not_exist(trainer, tmp_path, monkeypatch, capsys):
     assert "no-such-flag" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-USELESS = [
-    (["--eval-episodes", "3"], "--eval-episodes goes with --evaluate"),
-    (["--kl-lr-target", "0.1"], "--kl-lr-target goes with --lr-schedule kl-adaptive"),
-    (["--kl-lr-band=2"], "--kl-lr-band goes with --lr-schedule kl-adaptive"),
-]
 OUT_OF_RANGE = ["--seed -1", f"--seed {2**70}", "--gamma nan", "--gae-lambda -0.1", "--learning-rate inf"]
 OUT_OF_RANGE += ["--learning-rate 0.0", "--stop-at-step 0", "--stop-at-step -5", "--checkpoint-every 0"]
 OUT_OF_RANGE += ["--max-grad-norm nan", "--num-workers -1", "--vf-coef -1.0", "--ent-coef inf"]
@@ -395,9 +384,8 @@ UNREADABLE = [
     ("--lr-schedule sometimes", "--lr-schedule"),
     ("--no-such-flag 3", "--no-such-flag"),
 ]
-house = pytest.mark.parametrize("name", [name for name in HOUSE if name.startswith("ppo")])
-one_agent = pytest.mark.parametrize("name", [name for name in HOUSE if name in ("ppo_clip", "ppo_klpen")])
-KL_FLAGS = ("--kl-lr", "--lr-schedule kl-adaptive")  # that ppo_multiagent.py does not have
+house = pytest.mark.parametrize("name", CONTRACT)
+one_agent = pytest.mark.parametrize("name", ["ppo_clip", "ppo_klpen"])
 
 
 def one_line(capsys, name):
@@ -406,18 +394,73 @@ def one_line(capsys, name):
     return err
 
 
-@house
-def test_numbers_out_of_range_and_unreadable_flags(name, tmp_path, monkeypatch, capsys):
-    script = importlib.import_module(name)
+def test_numbers_out_of_range_and_unreadable_flags(trainer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for text in OUT_OF_RANGE:
-        if not (name == "ppo_multiagent" and any(x in text for x in KL_FLAGS)):
-            assert run(script, *text.split(), small=small_for(script)) == 2, text
-            assert f"{' '.join(text.split()[:2])} must be" in one_line(capsys, name)
+
+    def known(text):
+        return all(hasattr(trainer.Args, x[2:].replace("-", "_")) for x in text.split() if x.startswith("--"))
+
+    texts = list(filter(known, OUT_OF_RANGE))
+    assert len(texts) >= 10
+    for text in texts:
+        assert run(trainer, *text.split(), small=small_for(trainer)) == 2, text
+        assert f"{' '.join(text.split()[:2])} must be" in one_line(capsys, trainer.__name__)
     for text, flag in UNREADABLE:
-        assert run(script, *text.split(), small=small_for(script)) == 2, text
-        assert flag in one_line(capsys, name)
+        assert run(trainer, *text.split(), small=small_for(trainer)) == 2, text
+        assert flag in one_line(capsys, trainer.__name__)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_ends_of_a_range_are_allowed(trainer):
+    for text in ("--seed 0", "--gamma 0", "--gamma 1", "--gae-lambda 0", "--gae-lambda 1", "--num-workers 0"):
+        trainer.check_args(trainer.parse_args(text.split()))
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--run-dir", "--evaluate", "--env-id"])
+def test_an_empty_word_is_not_a_missing_flag(trainer, flag, tmp_path, monkeypatch, capsys):
+    """`--resume "$RUN"`, where RUN is not set, must not begin a new run."""
+    monkeypatch.chdir(tmp_path)
+    assert run(trainer, flag, "", small=small_for(trainer)) == 2
+    assert f"{flag} is empty" in one_line(capsys, trainer.__name__) and not list(tmp_path.iterdir())
+
+
+USELESS = [
+    ("--eval-episodes 3", "--eval-episodes goes with --evaluate"),
+    ("--kl-lr-target 0.1", "--kl-lr-target goes with --lr-schedule kl-adaptive"),
+    ("--kl-lr-band=2", "--kl-lr-band goes with --lr-schedule kl-adaptive"),
+    ("--beta-schedule fixed --kl-target 0.1", "--kl-target goes with --beta-schedule adaptive"),
+]
+
+
+def test_flags_that_do_nothing_are_refused(trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for text, message in USELESS:
+        names = [x.split("=")[0][2:].replace("-", "_") for x in text.split() if x.startswith("--")]
+        if all(hasattr(trainer.Args, name) for name in names) and not (
+            "form" in vars(trainer.Args) and "kl_target" in names
+        ):
+            assert run(trainer, *text.split(), small=small_for(trainer)) == 2, text
+            assert message in one_line(capsys, trainer.__name__)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiling_is_the_default_where_it_pays(trainer, monkeypatch):
+    for steps, found, expected in ((200_000, True, True), (199_999, True, False), (200_000, False, False)):
+        monkeypatch.setattr(trainer, "can_compile", lambda found=found: found)
+        assert trainer.parse_args(["--total-timesteps", str(steps)]).compile == expected
+
+
+def test_what_compiling_needs(trainer, tmp_path, monkeypatch, capsys):
+    """A compiler without Python's header files, or the other way round, is found before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Python.h").touch()
+    for compiler, headers, expected in (("g++", tmp_path, True), (None, tmp_path, False), ("g++", "/nowhere", False)):
+        monkeypatch.setattr(trainer.shutil, "which", lambda name, compiler=compiler: compiler)
+        monkeypatch.setattr(trainer.sysconfig, "get_path", lambda name, headers=headers: str(headers))
+        assert trainer.can_compile() == expected
+    assert run(trainer, "--compile", small=[x for x in small_for(trainer) if x != "--no-compile"]) == 2
+    assert "--compile needs a C++ compiler and Python's headers" in one_line(capsys, trainer.__name__)
+    assert [p.name for p in tmp_path.iterdir()] == ["Python.h"]
 
 
 @house
@@ -584,7 +627,7 @@ def test_json_is_valid_and_a_closed_pipe_is_no_traceback(name, tmp_path, cli):
 def test_what_a_person_sees(name, tmp_path, cli):
     flags = [*small_for(importlib.import_module(name)), "--checkpoint-every", 4000]  # so that it cuts nothing off
     process = cli(name, *flags, "--run-dir", "a")
-    env_id = "simple_spread" if name == "ppo_multiagent" else "CartPole-v1"
+    env_id = {"ppo_multiagent": "simple_spread", "trpo_continuous": "Pendulum-v1"}.get(name, "CartPole-v1")
     lines = process.stderr.splitlines()
     assert lines[0] == f"{name}.py: {env_id}, seed 1, run folder a"
     assert [line.split(": ")[1] for line in lines[1:]] == ["to evaluate", "to go on", "to plot"]
@@ -615,6 +658,100 @@ def test_the_bar_ends_whole(name, tmp_path, cli):
     assert all(line.count("steps/s") == 1 for line in bars)
 
 
+def test_a_checkpoint_elsewhere_is_no_run_folder(trainer, tmp_path, monkeypatch):
+    """A copy of a checkpoint that lies in a folder of other things begins a folder of its own."""
+    run(trainer, "--run-dir", tmp_path / "a", "--stop-at-step", 512, small=small_for(trainer))
+    run(trainer, "--run-dir", tmp_path / "b", "--stop-at-step", 512, small=small_for(trainer))
+    shutil.copy(tmp_path / "a" / "checkpoint.pt", tmp_path / "b" / "best.pt")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert trainer.main(["--resume", "b/best.pt", "--stop-at-step", "640"]) == 0
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert trainer.load_checkpoint(folder)["global_step"] == 640
+    assert trainer.main(["--resume", "a/checkpoint.pt", "--stop-at-step", "640"]) == 0  # but this one is of its folder
+    assert trainer.load_checkpoint(tmp_path / "a")["global_step"] == 640
+
+
+def test_a_checkpoint_runs_no_code(trainer, tmp_path, monkeypatch):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, ("ran",)
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"script": trainer.__name__, "args": {"env_id": "x"}, "bad": Payload()}, "bad.pt")
+    with pytest.raises(trainer.UserError, match="is damaged"):
+        trainer.load_checkpoint("bad.pt")
+    assert not Path("ran").exists()
+
+
+def test_a_checkpoint_is_flushed_before_it_is_renamed(trainer, tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *x, f=original, name=name: (calls.append(name), f(*x)))
+    run(trainer, "--run-dir", tmp_path / "a", "--stop-at-step", 128, small=small_for(trainer))
+    assert calls == ["fsync", "replace"] * 2
+
+
+def test_another_programs_progress_file_is_left_alone(trainer, tmp_path, capsys):
+    """Stable-Baselines3 has a file of this name, too."""
+    (tmp_path / "progress.csv").write_text("time/fps,loss\n1,2\n")
+    assert run(trainer, "--run-dir", tmp_path, small=small_for(trainer)) == 2
+    assert "progress.csv is not what this script wrote" in one_line(capsys, trainer.__name__)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["time/fps,loss\n1,2\n"]
+
+
+def test_a_copy_that_logs_something_else_does_not_mix_up_columns(tmp_path, capsys, monkeypatch):
+    import ppo_clip
+
+    run(ppo_clip, "--run-dir", tmp_path / "a", "--stop-at-step", 512)
+    before, log = (tmp_path / "a" / "progress.csv").read_text(), ppo_clip.Run.log
+    monkeypatch.setattr(ppo_clip.Run, "log", lambda self, *x: log(self, *x[:-1], {"mine": 1.0} | x[-1]))
+    assert ppo_clip.main(["--resume", str(tmp_path / "a")]) == 1
+    assert "progress.csv has other columns: resume into a new --run-dir" in capsys.readouterr().err
+    assert (tmp_path / "a" / "progress.csv").read_text() == before
+    assert ppo_clip.main(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b")]) == 0
+    assert rows(tmp_path / "b")[0]["mine"] == "1"
+
+
+@pytest.mark.parametrize("error,status", [(OSError(38, "Function not implemented"), 0), (BlockingIOError(), 2)])
+def test_file_systems_without_locks(error, status, tmp_path, monkeypatch):
+    """Some clusters' file systems have none: that is no reason not to train."""
+    import ppo_clip
+
+    def flock(file, how):
+        raise error
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run(ppo_clip, "--run-dir", tmp_path / "a") == status
+
+
+def test_without_a_terminal_there_are_lines(trainer, tmp_path, capsys, monkeypatch):
+    tqdm = trainer.tqdm
+
+    def impatient(**more):
+        assert more.pop("mininterval") == 10
+        return tqdm(mininterval=0, **more)
+
+    monkeypatch.setattr(trainer, "tqdm", impatient)
+    assert run(trainer, "--run-dir", tmp_path / "a", small=small_for(trainer)) == 0
+    assert len([line for line in capsys.readouterr().err.splitlines() if "steps/s, return" in line]) == 16
+
+
+@pytest.mark.slow
+def test_nobody_who_reads_is_no_reason_to_stop(tmp_path, cli):
+    """`python ppo_clip.py ... 2>&1 | head -1`: the run goes on, and its status is that of the run."""
+    process = cli("ppo_clip", *SMALL, "--run-dir", "a", wait=False, fresh=True)
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0 and len(rows(tmp_path / "a")) == 16
+    failing = cli("ppo_clip", *SMALL, "--env-id", "toy_envs:Broken-step-raise-v0", "--run-dir", "b", wait=False)
+    failing.stderr.close()
+    failing.stdout.close()
+    assert failing.wait(timeout=120) == 1
+
+
 def test_a_folder_that_holds_another_run(trainer, tmp_path, capsys):
     run(trainer, "--run-dir", tmp_path / "a", small=small_for(trainer))
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
@@ -629,20 +766,16 @@ def test_damaged_and_foreign_checkpoints(trainer, tmp_path, capsys):
     flipped = [bytearray(whole) for _ in range(20)]
     for seed, blob in enumerate(flipped):
         blob[random.Random(seed).randrange(len(blob))] ^= 1 << seed % 8
-    damaged = [b"", whole[:1000], whole[: len(whole) // 2]]
-    if trainer.__name__ not in HOUSE:
-        damaged += [whole[:-1], whole + b"x", *flipped]
-    for blob in damaged:
+    for blob in (b"", whole[:1000], whole[: len(whole) // 2]):
         (tmp_path / "bad.pt").write_bytes(blob)
         capsys.readouterr()
         assert trainer.main(["--resume", str(tmp_path / "bad.pt"), "--run-dir", str(tmp_path / "b")]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "is damaged" in err
-    if trainer.__name__ in HOUSE:
-        for foreign in ({"weights": torch.zeros(3)}, torch.zeros(3), {"script": trainer.__name__}):
-            torch.save(foreign, tmp_path / "bad.pt")  # whole, but not ours
-            assert trainer.main(["--resume", str(tmp_path / "bad.pt")]) == 2
-            assert f"is damaged, or no checkpoint of {trainer.__name__}.py" in capsys.readouterr().err
+    for foreign in ({"weights": torch.zeros(3)}, torch.zeros(3), {"script": trainer.__name__}):
+        torch.save(foreign, tmp_path / "bad.pt")  # whole, but not ours
+        assert trainer.main(["--resume", str(tmp_path / "bad.pt")]) == 2
+        assert f"is damaged, or no checkpoint of {trainer.__name__}.py" in capsys.readouterr().err
     refused, good = 0, tensors(trainer, tmp_path / "a")
     for blob in flipped:  # a flipped bit is noticed, or lies where nothing is stored
         (tmp_path / "bad.pt").write_bytes(blob)
@@ -652,7 +785,7 @@ def test_damaged_and_foreign_checkpoints(trainer, tmp_path, capsys):
             refused += 1
     assert refused >= 15
     state = trainer.load_checkpoint(tmp_path / "a")
-    trainer.save_checkpoint(state | {"script": "something_else"}, tmp_path / "foreign.pt")
+    torch.save(state | {"script": "something_else"}, tmp_path / "foreign.pt")
     assert trainer.main(["--resume", str(tmp_path / "foreign.pt")]) == 2
     assert "something_else.py" in capsys.readouterr().err
     assert trainer.main(["--resume", str(tmp_path / "a"), "--env-id", "Acrobot-v1"]) == 2
@@ -678,7 +811,7 @@ def test_a_failure_after_a_signal_is_no_clean_stop(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().err.splitlines()[-1] == "ppo_clip.py: the disk is full"
 
 
-@pytest.mark.parametrize("name", HOUSE)
+@pytest.mark.parametrize("name", CONTRACT)
 def test_the_command_to_go_on_is_about_the_same_run_or_a_longer_one(name, tmp_path, capsys):
     script = importlib.import_module(name)
     flags = ["--run-dir", tmp_path / "a"]
@@ -787,7 +920,7 @@ def test_capture_video(tmp_path, capsys, monkeypatch):
     assert ppo_clip.main(["--evaluate", str(tmp_path / "b"), "--capture-video"]) == 1
     err = one_line(capsys, "ppo_clip")
     assert "raised RuntimeError: no display (toy_envs.py, line " in err and "MUJOCO_GL=egl" in err
-    assert ppo_clip.main(["--evaluate", str(tmp_path / "c"), "--capture-video"]) in (1, 2)
+    assert ppo_clip.main(["--evaluate", str(tmp_path / "c"), "--capture-video"]) == 1
     one_line(capsys, "ppo_clip")
 
 
@@ -805,4 +938,3 @@ def test_no_noise_and_no_stray_files(tmp_path, cli):
 def test_subprocess_status_and_streams(tmp_path, cli):
     process = cli("ppo_clip", "--env-id", "Hoper-v4", fresh=True)
     assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
-    assert isinstance(process, subprocess.CompletedProcess)

@@ -10,12 +10,12 @@ import sys
 import tomllib
 
 import pytest
-from conftest import CONTRACT, HOUSE, ROOT, SCRIPTS
+from conftest import CONTRACT, ROOT, SCRIPTS
 
 # Names that differ between scripts on purpose: their flags, losses, loops, and what follows from the flags.
 MAY_DIFFER = {"Args", "ppo_loss", "train", "parse_args", "check_args"}
 MAY_DIFFER |= {"evaluate"}  # several agents have several returns, and a game has an opponent
-TWINS = [name for name in SCRIPTS if name in HOUSE]
+TWINS = CONTRACT
 
 
 def top_level(name):
@@ -71,7 +71,8 @@ def test_the_two_ppos_are_a_short_diff_apart():
     """Line 2 of ppo_klpen.py's docstring names the command that shows it."""
     assert "diff ppo_clip.py ppo_klpen.py" in (ROOT / "ppo_klpen.py").read_text().split('"""')[1].splitlines()[1]
     process = subprocess.run(["diff", "ppo_clip.py", "ppo_klpen.py"], cwd=ROOT, capture_output=True, text=True)
-    assert len([line for line in process.stdout.splitlines() if line[:1] in "<>"]) < 160
+    assert process.returncode == 1
+    assert 100 < len([line for line in process.stdout.splitlines() if line[:1] in "<>"]) < 160
 
 
 @pytest.mark.slow
@@ -91,8 +92,7 @@ def test_copied_alone_into_an_empty_folder_it_runs(script, tmp_path):
 
 def test_every_flag_shows_a_help_text(trainer, capsys):
     fields = dataclasses.fields(trainer.Args)
-    pattern = r"^    (\w+): .*  # (.+)" if trainer.__name__ in HOUSE else r'^    (\w+): .*\n    """(.+)'
-    docs = re.findall(pattern, inspect.getsource(trainer.Args), flags=re.M)
+    docs = re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(trainer.Args), flags=re.M)
     assert [name for name, _ in docs] == [f.name for f in fields]
     with pytest.raises(SystemExit) as stop:
         trainer.main(["--help"])

@@ -223,17 +223,30 @@ def test_stopping_resuming_and_nothing_left(script, tmp_path, monkeypatch, capsy
 
 def test_a_signal_ends_the_run_after_its_iteration(script, tmp_path, monkeypatch):
     saves, seeds = spied_upon(script, monkeypatch)
-    collect = script.Actors.collect
+    collect, during, numbers = script.Actors.collect, [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
 
     def signalled(self, agent, seed=None):
         if len(seeds) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+            during.append(signal.getsignal(signal.SIGTERM))
         return collect(self, agent, seed)
 
     monkeypatch.setattr(script.Actors, "collect", signalled)
     summary = script.train(run_args(script.__name__, tmp_path))
     assert saves == [0, 64] and summary["global_step"] == 64 and summary["signal"] == signal.SIGTERM
     assert script.load_checkpoint(tmp_path / "run")["global_step"] == 64
+    assert during == [signal.SIG_DFL]  # the same again would have killed
+    assert before == [signal.getsignal(number) for number in numbers]
+
+
+def test_a_signal_in_the_first_iteration_ends_it_at_once(script, tmp_path, monkeypatch):
+    """There is nothing to save yet, and it may be compiling for a long time."""
+    monkeypatch.setattr(script.Actors, "collect", lambda *x, **more: os.kill(os.getpid(), signal.SIGTERM) or 1 / 0)
+    with pytest.raises(KeyboardInterrupt) as error:
+        script.train(run_args(script.__name__, tmp_path))
+    assert error.value.args == (signal.SIGTERM,)
+    assert script.load_checkpoint(tmp_path / "run")["global_step"] == 0
 
 
 def test_every_environment_is_closed(script, tmp_path, monkeypatch):

@@ -5,17 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import test_contract
 import torch
-from conftest import HELPERS, HOUSE, ROOT
+from conftest import CONTRACT, HELPERS, ROOT
 from test_contract import rows, run, tensors
 from waiting import wait_for
 
-house = pytest.mark.parametrize("name", HOUSE)
+house = pytest.mark.parametrize("name", CONTRACT)
 
 
 def small_for(script):
@@ -78,7 +77,7 @@ def test_a_run_resumes_with_another_number_of_workers(name, tmp_path):
 @house
 def test_the_number_of_workers_is_this_machines_and_not_the_checkpoints(name, tmp_path):
     script = importlib.import_module(name)
-    run(script, "--run-dir", tmp_path, "--num-workers", 7, small=small_for(script))
+    run(script, "--run-dir", tmp_path, "--num-workers", script.CORES + 1, small=small_for(script))
     assert script.parse_args(["--resume", str(tmp_path)]).num_workers == script.CORES >= 1
 
 
@@ -138,9 +137,9 @@ def test_a_killed_parent_leaves_no_orphan_and_no_noise(name, tmp_path, cli):
 def test_a_killed_parent_leaves_no_orphan_even_if_an_environment_hangs(tmp_path, cli):
     flags = ["--env-id", "toy_envs:Broken-step-hang-v0", "--run-dir", "a", "--num-workers", 2, "--no-compile"]
     process = cli("ppo_clip", *flags, wait=False)
-    wait_for(lambda: children(process.pid), process)
-    time.sleep(1)
-    workers = children(process.pid)
+    wait_for(lambda: len(list(tmp_path.glob("hanging-*"))) == 2, process)
+    (worker,) = children(process.pid)
+    workers = [worker]
     process.kill()
     process.communicate(timeout=30)
     wait_for(lambda: not any(map(alive, workers)), seconds=10)
@@ -166,7 +165,7 @@ def test_ctrl_c_while_environments_are_made_is_one_line(tmp_path, cli):
     wait_for((tmp_path / "making").exists, process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and err == "ppo_clip.py: interrupted before the first iteration\n"
+    assert process.returncode == 130 and err == "ppo_clip.py: interrupted\n"
     assert [p.name for p in tmp_path.iterdir()] == ["making"]
 
 
@@ -193,6 +192,44 @@ def command(pid):
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def test_a_program_that_an_environment_starts_in_a_worker_can_be_ended(tmp_path, monkeypatch):
+    """A simulator, say: with SIGTERM ignored, which a program inherits, terminate() would leave it behind."""
+    import toy_envs
+
+    import ppo_clip
+
+    def init(self):
+        self.simulator = subprocess.Popen(["sleep", "1000"])
+
+    def close(self):
+        self.simulator.terminate()
+        (tmp_path / f"ended-{self.simulator.pid}").write_text(str(self.simulator.wait(timeout=5)))
+
+    monkeypatch.setattr(toy_envs.NoRenderMode, "__init__", init)
+    monkeypatch.setattr(toy_envs.NoRenderMode, "close", close)
+    flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--num-steps", 32, "--total-timesteps", 64]
+    assert run(ppo_clip, *flags, "--run-dir", tmp_path / "a", "--num-workers", 2) == 0
+    assert [path.read_text() for path in tmp_path.glob("ended-*")] == ["-15"] * 3
+
+
+def test_numpys_global_random_numbers_follow_from_the_seed(tmp_path, monkeypatch):
+    """Environments of one's own may draw from them. A run that is resumed draws the same."""
+    import numpy as np
+    import toy_envs
+
+    import ppo_clip
+
+    monkeypatch.setattr(toy_envs.NoRenderMode, "observe", lambda self: np.random.rand(1))  # noqa: NPY002
+    monkeypatch.setattr(toy_envs.NoRenderMode, "obs", np.zeros(1), raising=False)
+    flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--num-workers", 2]
+    run(ppo_clip, *flags, "--run-dir", tmp_path / "whole")
+    np.random.rand(7)  # noqa: NPY002
+    run(ppo_clip, *flags, "--run-dir", tmp_path / "parts", "--stop-at-step", 512)
+    np.random.rand(7)  # noqa: NPY002
+    assert ppo_clip.main(["--resume", str(tmp_path / "parts"), "--num-workers", "2"]) == 0
+    assert tensors(ppo_clip, tmp_path / "whole") == tensors(ppo_clip, tmp_path / "parts")
 
 
 def test_environments_are_closed_in_every_process(tmp_path, monkeypatch):
@@ -281,8 +318,6 @@ def test_an_environment_that_only_a_worker_cannot_make_says_why(tmp_path, capsys
             raise RuntimeError("no licence is left")
 
     monkeypatch.setattr(toy_envs.NoRenderMode, "__init__", init)
-    enter = ppo_clip.Run.__enter__  # the worker is gone by then, and sending to it fails
-    monkeypatch.setattr(ppo_clip.Run, "__enter__", lambda self: time.sleep(1) or enter(self))
     flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--run-dir", tmp_path / "a", "--num-workers", 2]
     assert run(ppo_clip, *flags) == 1
     assert "no licence is left" in capsys.readouterr().err.splitlines()[-1]
