@@ -7,11 +7,11 @@
 
 A policy pi(a|s) gives a probability to every action. The advantage A_t says how much better an action turned out than
 the policy's average action in that state. The ratio r_t = pi(a_t|s_t) / pi_old(a_t|s_t) reweights what pi_old collected
-as if pi had chosen the actions. So L = mean[ r_t A_t ], the surrogate, tells how good a policy pi is before it has ever
-acted. Its gradient at pi_old is the policy gradient.
+as if pi had chosen the actions. So L = mean[ r_t A_t ], the surrogate, judges a policy pi that has never acted. Its
+gradient at pi_old is the policy gradient.
 
-Why a trust region. L knows only the states that pi_old came to. Another policy comes to others, and the more it
-differs, the less L is worth. So look for the best policy not anywhere, but near pi_old:
+Why a trust region. L knows only the states that pi_old came to. The more pi differs, the more it comes to others, and
+the less L is worth. So look for the best policy near pi_old:
 
     maximise   L(theta) = mean[ r_t A_t ]
     subject to mean[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= max_kl                                         TRPO eq. (14)
@@ -22,38 +22,32 @@ The KL compares the distributions themselves, in every state, whatever parameter
 
 Why the natural gradient. A short step s raises L by about g's, where g is its gradient, and the KL by about 0.5 s'Fs:
 at pi_old the KL is 0, its smallest value, so it begins with its second derivative F, the Fisher matrix. Of all steps
-that cost the same KL, those along x = F^-1 g raise L most. F has a row and a column for every parameter and is never
-formed: conjugate gradients solve F x = g from products F v.
-
-Where the square root comes from. A step a x costs 0.5 a^2 x'Fx. The longest that is allowed costs max_kl:
+that cost the same KL, those along x = F^-1 g raise L most. A step a x costs 0.5 a^2 x'Fx, so the longest one allowed is
 
     s = sqrt(2 max_kl / x'Fx) x
 
-Why a line search is still needed. Both approximations hold only nearby, and s is not that short. So s, c s, c^2 s, ...
-are tried on the true L and the true KL, and the first that raises L within the bound is taken. If none does, nothing
-moves.
+F has a row and a column for every parameter and is never formed: conjugate gradients solve F x = g from products F v.
+
+Why a line search is still needed. Both approximations hold only nearby. So s, c s, c^2 s, ... are tried on the true L
+and the true KL, and the first that raises L within the bound is taken. If none does, nothing moves.
 
 Three forms:
 - Constrained, mean KL (the default): as above. One chooses how far the policy moves.
-- Constrained, maximum KL (--kl-constraint max): the KL of every single state stays within max_kl. This is nearer to
-  the theory, but a heuristic: only this batch's states are looked at, and the direction is still the mean KL's.
-- Penalised (--form penalized): maximise L - beta * mean KL. The best step is s = x / beta, and the line search asks
-  that L - beta * KL rises. One chooses the price of the KL, and the gradient decides how far the policy moves; an
-  adaptive beta doubles and halves to keep the KL near max_kl. At beta* = sqrt(x'Fx / (2 max_kl)), which is logged as
-  `beta_star`, the full step is that of the first form.
+- Constrained, maximum KL (--kl-constraint max): the KL of every state of the batch stays within max_kl. This is nearer
+  to the theory, but a heuristic: other states are not looked at, and the direction is still the mean KL's.
+- Penalised (--form penalized): maximise L - beta * mean KL. The step is x / beta, and L - beta * KL has to rise. One
+  chooses the price of the KL, and the gradient decides how far the policy moves; an adaptive beta doubles and halves
+  to keep the KL near max_kl. At `beta_star` = sqrt(x'Fx / (2 max_kl)) the full step is that of the first form.
 
-No form guarantees that the return rises. The theorem that does (TRPO theorem 1) subtracts C * max KL from L, with
-C = 4 eps gamma / (1-gamma)^2 and eps = max |A|. That C, logged as `penalty_coefficient_of_the_bound`, is some 10^5:
-steps would be too small to see. This is why the paper sets a bound instead.
+No form guarantees that the return rises. The penalty that would (TRPO theorem 1, divided by the 1 / (1-gamma) steps
+that its L counts) is 4 max|A| gamma / (1-gamma) times the largest KL. With normalised advantages that is 800 and more,
+where beta_star is 1 to 3: steps would be too small to see. This is why the paper sets a bound instead.
 
 Departures from the paper:
 - Advantages come from a critic (GAE), which is fitted after the policy's step; the paper used returns alone.
-- F is damped (F + 0.1 I), as in the field's codes, since on one batch it is nearly singular. So a full step has less KL
-  than max_kl, by design.
+- F is damped (F + 0.1 I), since on one batch it is nearly singular. So a full step has less KL than max_kl, by design.
 - Observations and rewards are scaled by running statistics, layers start orthogonal, advantages are normalised. This
   is what separates "TRPO+" from TRPO in Engstrom et al. 2020.
-- A time limit is not the end of the world: where it cuts an episode off, V of the last state stands for the rewards
-  that nobody saw.
 - A run has 489 iterations of 8 environments x 256 steps; the paper had 200 of 50 000 steps and more. With so few steps
   its max_kl of 0.01 is a little slow: here it is 0.02.
 - gamma is 0.995, as in the first author's code. With the paper's 0.99 a hopper runs faster and falls sooner: 1884 on
@@ -342,7 +336,7 @@ def make_batch(agent, rollout, gamma, gae_lambda):
 def policy_part(agent):
     """The parameters that the policy's step moves, by name: those of the mean and of the standard deviation, nothing of
     the critic."""
-    return {name: p for name, p in agent.named_parameters() if not name.startswith("critic.")}
+    return {n: p for n, p in agent.named_parameters() if p.requires_grad and not n.startswith("critic.")}
 
 
 def policy_parameters_at(agent, theta, obs):
@@ -370,12 +364,11 @@ def fisher_product(agent, theta, obs, damping):
         F = mean over states of J'MJ
 
     without second derivatives of the network: the KL's gradient, which they would be multiplied by, is 0 at theta. And
-    v'Fv, the mean of |M^(1/2) J v|^2, is never negative. It is 0 along directions in which no policy changes; there the
-    damping makes it positive.
+    v'Fv, the mean of |M^(1/2) J v|^2, is never negative. Where no policy changes it is 0; damping makes it positive.
     """
     parameters, Jt = torch.func.vjp(lambda theta: policy_parameters_at(agent, theta, obs), theta)  # (B, P), u -> J'u
-    # v -> J v is the transpose of u -> J'u, so it is that map's own vector-Jacobian product. torch.func.jvp gives it,
-    # too, but evaluates the network anew for every v: 2.9 ms for F v, not 1.4 (the KL, differentiated twice: 2.4).
+    # u -> J'u is linear, so its own vector-Jacobian product is v -> J v. F v takes 1.4 ms so; by torch.func.jvp, which
+    # evaluates the network anew for every v, 2.9, and by differentiating the KL twice 2.4.
     _, J = torch.func.vjp(lambda u: Jt(u)[0], torch.zeros_like(parameters))
     log_std = parameters.chunk(2, -1)[1]
     M = torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2.0)], -1) / len(obs)  # the diagonals (B, P)
@@ -387,19 +380,19 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
     residual r = b - F x.
 
     Each step goes along p as far as is best. The directions are conjugate, p'Fq = 0, so a later step never spoils what
-    an earlier one has gained, and a few steps do where F has thousands of rows. It ends at |r|^2 <= tolerance |b|^2,
-    relative to b, so that the answer scales with b, and is 0 for b = 0. With tolerance None it never looks at a number,
-    which a CUDA graph could not: all steps are made."""
+    an earlier one has gained, and a few steps do where F has thousands of rows. It ends at |r|^2 <= tolerance |b|^2.
+    With tolerance None it never looks at a number, which a CUDA graph could not: all steps are made."""
+    tiny = torch.finfo(b.dtype).tiny  # once r is 0, or if b is: 0 / tiny changes nothing, where 0 / 0 would
     x, r, p = torch.zeros_like(b), b, b
     rr = bb = b @ b
     for _ in range(iters):
         if tolerance is not None and rr <= tolerance * bb:
             break
         Fp = product(p)
-        alpha = rr / (p @ Fp)
+        alpha = rr / (p @ Fp).clamp(min=tiny)
         x, r = x + alpha * p, r - alpha * Fp
         rr, before = r @ r, rr
-        p = r + rr / before * p
+        p = r + rr / before.clamp(min=tiny) * p
     return x, r
 
 
@@ -412,48 +405,48 @@ def natural_gradient(agent, theta, data, args):
     return surrogate, g, *conjugate_gradient(product, g, args.cg_iters, tolerance)
 
 
-def line_search(look, theta, step, old_surrogate, beta, args):
-    """The first of theta + step, theta + c step, theta + c^2 step, ... that is acceptable, or theta itself (App. C).
-
-    Returns the new theta (K,), its kl, kl_max and improvement by name (zeros if it is the old one), and the candidate's
-    place in the row (-1: none)."""
-    for j in range(args.backtrack_iters):
-        candidate = theta + args.backtrack_coeff**j * step
-        surrogate, kl = look(candidate)
-        numbers = {"kl": kl.mean().item(), "kl_max": kl.max().item(), "improvement": (surrogate - old_surrogate).item()}
-        if acceptable(numbers, beta, args):
-            return candidate, numbers, j
-    return theta, dict.fromkeys(numbers, 0.0), -1
-
-
 def scaled_to_max_kl(look, theta, step, max_kl):
     """Scale the step so that the largest KL of any state in the batch is max_kl. The KL grows roughly with the square
     of the step, so two corrections are enough. 1 % less, or rounding could cost a whole factor of the line search."""
+    old_theta = theta.clone()
     for _ in range(2):
-        step = step * (max_kl / look(theta + step)[1].max()).sqrt()
+        theta.copy_(old_theta + step)
+        step = step * (max_kl / look()[1].max()).sqrt()
+    theta.copy_(old_theta)
     return 0.99 * step
 
 
-def acceptable(numbers, beta, args):
+def line_search(look, theta, step, old_surrogate, beta, args):
+    """Move theta by the first of step, c step, c^2 step, ... that is acceptable, or not at all (App. C). Returns, by
+    name, kl and kl_max, the mean and the maximum over states of KL(old||new), and improvement, of the surrogate (zeros
+    if nothing moved); and the place in the row (-1: none)."""
+    old_theta = theta.clone()
+    for j in range(args.backtrack_iters):
+        theta.copy_(old_theta + args.backtrack_coeff**j * step)
+        surrogate, kl = look()
+        report = {"kl": kl.mean().item(), "kl_max": kl.max().item(), "improvement": (surrogate - old_surrogate).item()}
+        if acceptable(report, beta, args):
+            return report, j
+    theta.copy_(old_theta)
+    return dict.fromkeys(report, 0.0), -1
+
+
+def acceptable(report, beta, args):
     """Whether a step keeps what the approximations promised. What is not finite does not."""
     if args.form == "penalized":
-        return 0 < numbers["improvement"] - beta * numbers["kl"] < math.inf
-    kl = numbers["kl_max"] if args.kl_constraint == "max" else numbers["kl"]
-    return 0 < numbers["improvement"] < math.inf and kl <= args.max_kl
+        return 0 < report["improvement"] - beta * report["kl"] < math.inf
+    kl = report["kl_max"] if args.kl_constraint == "max" else report["kl"]
+    return 0 < report["improvement"] < math.inf and kl <= args.max_kl
 
 
 @torch.no_grad()
-def policy_step(agent, solve, look, beta, args):
-    """One step of TRPO on the whole batch (its section 6 and App. C). Moves the agent's policy. solve and look: see
-    functions_of_theta.
-
-    Returns numbers by name. Of the step that was taken, and 0 if none was: kl and kl_max, the mean and the maximum over
-    states of KL(old||new); improvement of the surrogate, expected_improvement g's, and improvement_ratio, the one over
-    the other; step_norm. And gradient_norm |g|; cg_residual |g - F x| / |g|; line_search_step, the candidate that was
-    taken (-1: none); beta and beta_star."""
+def policy_step(theta, solve, look, beta, args):
+    """One step of TRPO on the whole batch (its section 6 and App. C). It moves theta (K,), of which the policy's
+    parameters are parts. solve() and look() are natural_gradient and surrogate_and_kl at theta. Returns what is logged,
+    by name: docs/trpo_continuous.md says what the names mean."""
     # The direction.
-    theta = parameters_to_vector(policy_part(agent).values())  # (K,)
-    old_surrogate, g, x, residual = solve(theta)
+    old_theta = theta.clone()
+    old_surrogate, g, x, residual = solve()
 
     # The length. x'Fx = x'(g - residual). Without a gradient it is 0, and the step nan, which is never acceptable.
     beta_star = (x @ (g - residual) / (2 * args.max_kl)).sqrt()
@@ -462,14 +455,11 @@ def policy_step(agent, solve, look, beta, args):
         step = scaled_to_max_kl(look, theta, step, args.max_kl)
 
     # The line search.
-    new_theta, report, j = line_search(look, theta, step, old_surrogate, beta, args)
-    vector_to_parameters(new_theta, policy_part(agent).values())
+    report, j = line_search(look, theta, step, old_surrogate, beta, args)
 
-    moved = new_theta - theta
-    expected, gradient_norm = (g @ moved).item(), g.norm().item()
-    report |= {"expected_improvement": expected, "improvement_ratio": report["improvement"] / (expected or 1.0)}
-    report |= {"line_search_step": j, "step_norm": moved.norm().item(), "gradient_norm": gradient_norm}
-    report |= {"cg_residual": residual.norm().item() / (gradient_norm or 1.0)}
+    expected, gradient_norm = (g @ (theta - old_theta)).item(), g.norm().item()
+    report |= {"line_search_step": j, "improvement_ratio": report["improvement"] / (expected or 1.0)}
+    report |= {"gradient_norm": gradient_norm, "cg_residual": residual.norm().item() / (gradient_norm or 1.0)}
     return report | {"beta": beta, "beta_star": beta_star.item()}
 
 
@@ -524,7 +514,7 @@ def train(args: Args) -> dict:
     state = initial_state(agent.critic, 2)
     operands = {key: data[key] for key in ("obs", "return")}, order, torch.tensor(args.vf_learning_rate, device=device)
     run_epoch = accelerated(args, critic_update, agent.critic, state, *operands)
-    solve, look = functions_of_theta(agent, data, args)
+    theta, solve, look = functions_of_theta(agent, data, args)
     run = Run(args, agent, state, actors)
     global_step = run.global_step
     beta = adapted(run, "beta", "beta") if args.beta_schedule == "adaptive" else args.beta
@@ -547,15 +537,15 @@ def train(args: Args) -> dict:
                 agent.update_statistics(rollout)
             for key, x in make_batch(agent, rollout, args.gamma, args.gae_lambda).items():
                 data[key].copy_(x)
-            advantage = data["advantage"]
-            bound = (4 * advantage.abs().max() * args.gamma / (1 - args.gamma) ** 2).item()  # C of theorem 1
             if args.norm_adv:
+                advantage = data["advantage"]
                 advantage.copy_((advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8))
 
             # ---- policy: one natural-gradient step with a line search ------------------------------------------------
-            report = policy_step(agent, solve, look, beta, args) | {"penalty_coefficient_of_the_bound": bound}
+            report = policy_step(theta, solve, look, beta, args)
             if args.beta_schedule == "adaptive":  # NOTE: a step that was refused was too long, though its KL reads 0
-                beta = adapted_beta(beta, report["kl"] or math.inf, args.max_kl)
+                kl = report["kl"] if report["line_search_step"] >= 0 else math.inf
+                beta = adapted_beta(beta, kl, args.max_kl)
 
             # ---- critic: epochs of minibatches; the advantages above are those of the old one ------------------------
             state["sums"].zero_()
@@ -568,14 +558,12 @@ def train(args: Args) -> dict:
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------
             value_loss, vf_grad_norm = (state["sums"] / (args.vf_epochs * args.num_minibatches)).tolist()
-            losses = {"policy_loss": -report["improvement"], "value_loss": value_loss, "vf_grad_norm": vf_grad_norm}
+            losses = {"policy_loss": -report.pop("improvement"), "kl": report.pop("kl"), "value_loss": value_loss}
             unexplained = (data["return"] - data["value"]).var() / data["return"].var()
             entropy = agent.distribution(data["old_policy"]).entropy().mean().item()
-            losses |= {"explained_variance": 1 - unexplained.item(), "entropy": entropy, "kl": report.pop("kl")}
-            losses |= {"trpo/gradient_norm": report.pop("gradient_norm")}
-            charts = {"learning_rate": args.vf_learning_rate}
-            charts |= {f"trpo/{key}": x for key, x in report.items()}  # NOTE: unlike a loss they may be infinite
-            run.log(global_step, B, charts, losses)
+            losses |= {"explained_variance": 1 - unexplained.item(), "entropy": entropy, "vf_grad_norm": vf_grad_norm}
+            losses |= {f"trpo/{key}": x for key, x in report.items()}
+            run.log(global_step, B, {"learning_rate": args.vf_learning_rate}, losses)
             over = global_step >= run.last_step or run.signal is not None
             cut = over or global_step % args.checkpoint_every < B
             if cut:
@@ -866,25 +854,19 @@ class CudaGraph:
 
 
 def recorded(args, function):
-    """The function or, on a GPU, a recording of it. See CudaGraph for what it must not do."""
+    """The function or, on a GPU, a recording of it, which is one launch: a policy step takes 3 ms on an H100 instead of
+    36. See CudaGraph for what the function must not do."""
     return CudaGraph(function) if args.cuda else function
 
 
 def functions_of_theta(agent, data, args):
-    """What a step asks the network: solve(theta), see natural_gradient, and look(theta), see surrogate_and_kl. On a GPU
-    each is one launch. There a step would else spend its time in Python: 36 ms instead of 3 on an H100."""
-    place = parameters_to_vector(policy_part(agent).values()).detach()
-    solve = recorded(args, lambda: natural_gradient(agent, place, data, args))
-    look = recorded(args, lambda: surrogate_and_kl(agent, place, data))
-
-    def at(function):
-        def of_theta(theta):
-            place.copy_(theta)
-            return function()
-
-        return of_theta
-
-    return at(solve), at(look)
+    """theta, all of policy_part as one vector, of which they are views from now on; and natural_gradient and
+    surrogate_and_kl at theta, as functions without arguments."""
+    policy = list(policy_part(agent).values())
+    theta = parameters_to_vector(policy).detach()
+    vector_to_parameters(theta, policy)
+    solve = recorded(args, lambda: natural_gradient(agent, theta, data, args))
+    return theta, solve, recorded(args, lambda: surrogate_and_kl(agent, theta, data))
 
 
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------

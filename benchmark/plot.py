@@ -358,7 +358,7 @@ def notes():
         data["advantage"] = (data["advantage"] - data["advantage"].mean()) / data["advantage"].std()
         policy = trpo.policy_part(agent).values()
         old = parameters_to_vector(policy).detach().clone()
-        report = trpo.policy_step(agent, *trpo.functions_of_theta(agent, data, args), 1.0, args)
+        report = trpo.policy_step(*trpo.functions_of_theta(agent, data, args), 1.0, args)
         taken = parameters_to_vector(policy).detach() - old
         with torch.no_grad():
             for scale in scales:
@@ -375,7 +375,8 @@ def notes():
     middle.axvline(1, color="k", lw=1, label="TRPO's step")
     middle.set(title="J along one TRPO update", xlabel="multiple of the step taken", ylim=(min(J) - 1, max(J) * 1.5))
     right.plot(scales, np.array(L) - L[zero], label="surrogate L - L_old")
-    right.plot(scales, report["expected_improvement"] * scales, "--", lw=1, label="its linear model g's")
+    expected = report["improvement"] / report["improvement_ratio"]
+    right.plot(scales, expected * scales, "--", lw=1, label="its linear model g's")
     right.plot(scales, kl, label="mean KL(old||new)")
     inside = scales[np.array(kl) <= args.max_kl]
     right.axvspan(inside.min(), inside.max(), color="0.9", label=f"trust region, KL <= {args.max_kl}")

@@ -464,7 +464,7 @@ def trpo_row(device):
 
     def step():
         agent.load_state_dict(before)  # always from the same place
-        script.policy_step(agent, *functions, args.beta, args)
+        script.policy_step(*functions, args.beta, args)
 
     for _ in range(4):
         step()

@@ -80,14 +80,13 @@ def ppo_iteration(script, args, agent, optimizer, batch, step, adapted):
 
 def trpo_iteration(script, args, agent, optimizer, batch, step, adapted):
     """The policy's step and the critic's epochs. Returns what is logged."""
-    bound = 4 * batch["advantage"].abs().max().item() * args.gamma / (1 - args.gamma) ** 2
     with torch.no_grad():
         entropy = agent.policy(batch["obs"]).entropy().mean().item()
     if args.norm_adv:
         advantage = batch["advantage"].numpy()
         batch["advantage"] = torch.from_numpy((advantage - advantage.mean()) / (advantage.std() + 1e-8))
     beta = adapted.setdefault("beta", args.beta)
-    report = script.policy_step(agent, *script.functions_of_theta(agent, batch, args), beta, args)
+    report = script.policy_step(*script.functions_of_theta(agent, batch, args), beta, args)
     if args.beta_schedule == "adaptive":
         adapted["beta"] = script.adapted_beta(
             beta, report["kl"] if report["line_search_step"] >= 0 else 1e9, args.max_kl
@@ -98,7 +97,7 @@ def trpo_iteration(script, args, agent, optimizer, batch, step, adapted):
             loss = torch.nn.functional.mse_loss(agent.value(minibatch["obs"]), minibatch["return"])
             logged.append({"value_loss": loss, "vf_grad_norm": adam_step(optimizer, loss, args.vf_learning_rate)})
     row = mean_of(logged) | {"learning_rate": args.vf_learning_rate, "entropy": entropy} | report
-    return row | {"policy_loss": -report["improvement"], "penalty_coefficient_of_the_bound": bound}
+    return row | {"policy_loss": -row.pop("improvement")}
 
 
 def written_again(script, args):
@@ -247,6 +246,23 @@ def test_a_signal_in_the_first_iteration_ends_it_at_once(script, tmp_path, monke
         script.train(run_args(script.__name__, tmp_path))
     assert error.value.args == (signal.SIGTERM,)
     assert script.load_checkpoint(tmp_path / "run")["global_step"] == 0
+
+
+def test_frozen_layers_stay_as_they_are(script, tmp_path, monkeypatch):
+    class Frozen(script.Agent):
+        def __init__(self, *spaces):
+            super().__init__(*spaces)
+            self.actor[0].requires_grad_(False)
+            self.critic[0].requires_grad_(False)
+            made.append({key: x.clone() for key, x in self.state_dict().items()})
+
+    made = []
+    monkeypatch.setattr(script, "Agent", Frozen)
+    script.train(run_args(script.__name__, tmp_path, stop_at_step=64))
+    after = script.load_checkpoint(tmp_path / "run")["agent"]
+    for network in ("actor", "critic"):
+        assert torch.equal(made[0][f"{network}.0.weight"], after[f"{network}.0.weight"])
+        assert not torch.equal(made[0][f"{network}.2.weight"], after[f"{network}.2.weight"])
 
 
 def test_every_environment_is_closed(script, tmp_path, monkeypatch):

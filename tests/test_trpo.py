@@ -56,7 +56,7 @@ def vector(agent):
 
 def update(agent, data, beta=1.0, max_kl=0.01, **flags):
     args = trpo.Args(max_kl=max_kl, **flags)
-    return trpo.policy_step(agent, *trpo.functions_of_theta(agent, data, args), beta, args)
+    return trpo.policy_step(*trpo.functions_of_theta(agent, data, args), beta, args)
 
 
 def surrogate_and_kl(agent, data, theta=None):
@@ -229,6 +229,15 @@ def test_conjugate_gradient_stops_once_it_is_there():
         assert residual.norm() <= 1e-5 * b.norm() and len(calls) <= 2
 
 
+def test_steps_after_the_solution_change_nothing():
+    """On a GPU nobody looks whether it is there. In float32 the residual becomes 0 exactly, and 0 / 0 would be nan."""
+    for diagonal in (torch.ones(20), torch.arange(20).div(10).floor() + 1):
+        b = torch.randn(20, generator=torch.Generator().manual_seed(1))
+        x, residual = trpo.conjugate_gradient(lambda v, d=diagonal: d * v, b, iters=200, tolerance=None)
+        torch.testing.assert_close(x, b / diagonal)
+        assert residual.norm() < 1e-5 * b.norm()
+
+
 @pytest.mark.parametrize("cuda,products", [(False, range(1, 15)), (True, [30])])
 def test_conjugate_gradients_stop_early_but_not_on_a_gpu(cuda, products, monkeypatch):
     """A large damping makes the system so easy that a few of 30 iterations solve it. A CUDA graph cannot look at the
@@ -293,12 +302,9 @@ def test_a_step_raises_the_surrogate_and_reports_what_it_did(flags):
     report = update(agent, data, **flags)
     surrogate, kl = surrogate_and_kl(agent, data)
     surrogate, kl, kl_max = surrogate.item(), kl.mean().item(), kl.max().item()
-    assert surrogate > before and report["expected_improvement"] > 0
+    assert surrogate > before
     assert report["improvement"] == pytest.approx(surrogate - before, rel=1e-3)
     assert report["kl"] == pytest.approx(kl, rel=1e-4) and report["kl_max"] == pytest.approx(kl_max, rel=1e-4)
-    assert report["step_norm"] == pytest.approx((vector(agent) - old).norm().item(), rel=1e-4)
-    ratio = report["improvement"] / report["expected_improvement"]
-    assert report["improvement_ratio"] == pytest.approx(ratio, rel=1e-3)
     assert 0.3 < report["improvement_ratio"] < 1.5 and report["beta"] == 1.0
     if flags.get("kl_constraint") == "max":
         assert 0.4 * 0.01 < kl_max <= 0.01
@@ -320,7 +326,7 @@ def test_a_zero_gradient_moves_nothing():
     for flags in ({}, {"kl_constraint": "max"}, {"form": "penalized"}):
         report = update(agent, data, **flags)
         assert torch.equal(vector(agent), old) and report["line_search_step"] == -1
-        assert report["kl"] == report["improvement"] == report["step_norm"] == report["gradient_norm"] == 0
+        assert report["kl"] == report["improvement"] == report["gradient_norm"] == 0
         assert report["improvement_ratio"] == report["beta_star"] == 0
         assert math.isfinite(report["cg_residual"])
 
@@ -360,8 +366,8 @@ def test_the_report_of_a_step():
     report, moved = update(agent, data), vector(agent) - theta
     surrogate, kl = surrogate_and_kl(agent, data)
     expected = {
-        "cg_residual": residual.norm() / g.norm(), "gradient_norm": g.norm(), "step_norm": moved.norm(),
-        "expected_improvement": g @ moved, "improvement": surrogate - old, "kl": kl.mean(), "kl_max": kl.max(),
+        "cg_residual": residual.norm() / g.norm(), "gradient_norm": g.norm(),
+        "improvement": surrogate - old, "kl": kl.mean(), "kl_max": kl.max(),
         "improvement_ratio": (surrogate - old) / (g @ moved), "beta": 1.0,
         "beta_star": (x @ (g - residual) / 0.02).sqrt(),
     }  # fmt: skip
@@ -373,15 +379,18 @@ def test_the_report_of_a_step():
 def test_two_looks_scale_a_step_to_the_largest_kl():
     """For a KL that is not quite quadratic. The second look repairs most of what the first one got wrong; each of them
     evaluates the policy on the whole batch, so there is no third."""
-    looks = []
+    looks, theta = [], torch.tensor(0.0)
 
-    def look(theta):
-        looks.append(theta)
+    def look():
+        looks.append(theta.item())
         return None, torch.stack([theta.square() + theta**3 / 4, theta.square() / 2])
 
-    step = trpo.scaled_to_max_kl(look, torch.tensor(0.0), torch.tensor(3.0), max_kl=0.02)
-    assert len(looks) == 2 and 0.95 * 0.02 < look(step / 0.99)[1].max() < 1.05 * 0.02
-    exact = trpo.scaled_to_max_kl(lambda theta: (None, theta.square()), torch.zeros(1), torch.ones(1), max_kl=0.04)
+    step = trpo.scaled_to_max_kl(look, theta, torch.tensor(3.0), max_kl=0.02)
+    assert len(looks) == 2 and theta == 0
+    theta.copy_(step / 0.99)
+    assert 0.95 * 0.02 < look()[1].max() < 1.05 * 0.02
+    theta.zero_()
+    exact = trpo.scaled_to_max_kl(lambda: (None, theta.square()[None]), theta, torch.tensor(1.0), max_kl=0.04)
     assert exact.item() == pytest.approx(0.99 * 0.2)
 
 
@@ -393,15 +402,16 @@ def search(monkeypatch):
     """Search from 0.1 along a step of 8, halving; accept(x) -> bool. Returns where it ends, numbers and place."""
 
     def search(accept):
-        monkeypatch.setattr(trpo, "acceptable", lambda numbers, beta, args: accept(numbers["improvement"]))
+        monkeypatch.setattr(trpo, "acceptable", lambda report, beta, args: accept(report["improvement"]))
         theta, args = torch.full((3,), 0.1), trpo.Args(backtrack_coeff=0.5, backtrack_iters=5)
         looks.clear()
 
-        def look(theta):  # the surrogate is theta's first number, the KLs of two states are its double and triple
-            looks.append(theta)
-            return theta[0], theta[0] * torch.tensor([2.0, 3.0])
+        def look():  # the surrogate is theta's first number, the KLs of two states are its double and triple
+            looks.append(theta.clone())
+            return theta[0].clone(), theta[0] * torch.tensor([2.0, 3.0])
 
-        return trpo.line_search(look, theta, torch.full((3,), 8.0), torch.tensor(0.0), 1.0, args)
+        report = trpo.line_search(look, theta, torch.full((3,), 8.0), torch.tensor(0.0), 1.0, args)
+        return theta, *report
 
     looks = search.looks = []
     return search
@@ -479,7 +489,8 @@ def test_no_candidate_above_the_bound_is_ever_accepted(tmp_path, flags):
     bound = 0.3 if "--max-kl" in flags else trpo.Args().max_kl
     bounded = table["kl_max" if "max" in flags else "kl"]
     assert len(bounded) == 200 and max(bounded) <= bound * (1 + 1e-6)
-    for taken, improvement, kl in zip(table["line_search_step"], table["improvement"], table["kl"], strict=True):
+    for taken, loss, kl in zip(table["line_search_step"], table["policy_loss"], table["kl"], strict=True):
+        improvement = -loss
         assert (taken >= 0 and improvement > 0 and kl > 0) or (taken == -1 and improvement == kl == 0)
     assert max(table["line_search_step"]) > 0 or not flags  # the harder settings do backtrack
 
@@ -551,32 +562,26 @@ def test_adaptive_beta_follows_the_rule_and_survives_a_resume(tmp_path):
     assert table_of(tmp_path / "c")["beta"][0] == 7
 
 
-def test_penalty_coefficient_of_the_bound(tmp_path, monkeypatch):
-    """C = 4 eps gamma / (1-gamma)^2 with eps = max |A| before normalisation (TRPO theorem 1)."""
-    seen, gae = [], trpo.gae
-
-    def spy(*arguments):
-        seen.append(gae(*arguments))
-        return seen[-1].clone()
-
-    monkeypatch.setattr(trpo, "gae", spy)
-    table = run(tmp_path, "a", "--gamma", 0.9)
-    expected = [4 * A.abs().max().item() * 0.9 / 0.1**2 for A in seen[1:]]  # the first, of zeros, sets shapes
-    assert table["penalty_coefficient_of_the_bound"] == pytest.approx(expected, rel=1e-5)
+def test_without_a_discount_a_run_goes_on(tmp_path):
+    assert len(run(tmp_path, "a", "--gamma", 1)["kl"]) == 16
 
 
-def test_without_a_discount_the_bound_is_infinite_and_the_run_goes_on(tmp_path):
-    table = run(tmp_path, "a", "--gamma", 1)
-    assert set(table["penalty_coefficient_of_the_bound"]) == {math.inf} and len(table["kl"]) == 16
+def test_the_penalty_of_the_bound_is_far_from_what_a_step_costs(tmp_path):
+    """What the docstring says: 4 max|A| gamma / (1-gamma) is at least 800 with the default gamma, where the largest of
+    normalised advantages is at least 1; `beta_star` is some units."""
+    gamma = trpo.Args().gamma
+    assert round(4 * gamma / (1 - gamma), -2) == 800
+    assert "is 800 and more,\nwhere beta_star is 1 to 3" in trpo.__doc__
+    beta_star = run(tmp_path, "a")["beta_star"]
+    assert min(beta_star) > 0 and max(beta_star) < 80
 
 
 def test_every_metric_has_its_column_and_its_tag(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     columns = ["policy_loss", "value_loss", "vf_grad_norm", "entropy", "explained_variance", "learning_rate", "kl"]
-    trpo_columns = ["kl_max", "improvement", "expected_improvement", "improvement_ratio", "line_search_step"]
-    trpo_columns += ["step_norm", "gradient_norm", "cg_residual", "beta_star", "beta"]
-    trpo_columns += ["penalty_coefficient_of_the_bound"]
+    trpo_columns = ["kl_max", "improvement_ratio", "line_search_step", "gradient_norm", "cg_residual", "beta_star"]
+    trpo_columns += ["beta"]
     assert set(columns + trpo_columns) <= run(tmp_path, "a").keys()
     board = EventAccumulator(str(tmp_path / "a")).Reload()
     tags = {f"losses/{key}" for key in columns if key != "learning_rate"} | {"charts/learning_rate", "charts/SPS"}

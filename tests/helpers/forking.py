@@ -55,7 +55,10 @@ def become_fresh(given, pipes):
     sources = [x if x != -1 else nothing if i == 0 else i for i, x in enumerate((pipes[0], pipes[3], pipes[5]))]
     for number, source in enumerate([os.dup(x) for x in sources]):
         os.dup2(source, number)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for number in map(int, os.listdir("/proc/self/fd")):  # the limit may be a billion
+        if number > 2:
+            with contextlib.suppress(OSError):
+                os.close(number)
     faulthandler.disable()
     for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         stream = open(number, "r" if number == 0 else "w", buffering=1 if number == 2 else -1, closefd=False)
