@@ -43,6 +43,7 @@ COLUMNS = ("script", "setting", "env", "seed", "step", "episodic_return", "kl", 
 SEVEN = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
 SEVEN = tuple(f"{name}-v4" for name in SEVEN)
 MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
+V5 = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5")
 STEPS_PER_SECOND = 6000  # of one core, roughly
 
 
@@ -102,7 +103,7 @@ TABLE1 += [
 ]
 ADAPTIVE = ("--lr-schedule", "kl-adaptive")
 LR = [clip("linear"), clip("constant", "--lr-schedule", "constant"), clip("kl-adaptive, band 1.5", *ADAPTIVE)]
-LR += [clip("kl-adaptive, band 1 (the notes)", *ADAPTIVE, "--kl-lr-band", 1)]
+LR += [clip("kl-adaptive, band 1", *ADAPTIVE, "--kl-lr-band", 1)]
 FORMS = [trpo("constrained, mean KL"), trpo("constrained, max KL 0.2", "--kl-constraint", "max", "--max-kl", 0.2)]
 FORMS += [trpo("penalised, beta = 1.5", "--form", "penalized", "--beta", 1.5)]
 FORMS += [trpo("penalised, adaptive beta", "--form", "penalized", "--beta-schedule", "adaptive")]
@@ -130,12 +131,13 @@ LISTENERS, REFERENCE = ("mpe2.simple_speaker_listener_v4",), ("mpe2.simple_refer
 STUDIES = {
     "v4": Study("the three scripts with default flags", tuple(V4), MUJOCO, 10),
     "v4-baselines": Study("Stable-Baselines3 and sb3-contrib, the same work", tuple(BASELINES), MUJOCO, 10),
+    "v5": Study("the same on the environments of version 5", tuple(V4), V5, 10),
     "v4-flags": Study("the same with other flags", tuple(FLAGS), MUJOCO, 5),
     "cartpole": Study("Discrete actions", (clip("ppo_clip.py"),), ("CartPole-v1",), 5, 200_000),
     "ppo-table1": Study("PPO paper, Table 1: eleven objectives", tuple(TABLE1), SEVEN),
     "figure3": Study("PPO paper, Figure 3: PPO-clip and TRPO", (clip("PPO (clip)"), trpo("TRPO")), SEVEN),
-    "trpo-forms": Study("the notes' forms of TRPO", tuple(FORMS), ("Hopper-v4", "Walker2d-v4")),
-    "kl-adaptive-lr": Study("notes §2.2: learning-rate schedules", tuple(LR), MUJOCO),
+    "trpo-forms": Study("the forms of TRPO", tuple(FORMS), ("Hopper-v4", "Walker2d-v4")),
+    "kl-adaptive-lr": Study("learning-rate schedules", tuple(LR), MUJOCO),
     "pendulums": Study(
         "solved, and unlearned again", tuple(PENDULUMS), ("InvertedDoublePendulum-v4", "InvertedPendulum-v4")
     ),

@@ -50,7 +50,8 @@ def test_every_setting_of_every_study_runs(study, tmp_path, monkeypatch, capsys)
             pytest.importorskip(package, reason=f"optional package {package} is not installed")
     steps = 3200 if settings[0].script == "ppo_multiagent.py" else 2048  # one iteration or two
     only = dataclasses.replace(reproduce.STUDIES[study], settings=settings, envs=(env,), seeds=1, steps=steps)
-    forks = types.SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    names = ("PIPE", "DEVNULL", "run")
+    forks = types.SimpleNamespace(Popen=Forked, **{name: getattr(subprocess, name) for name in names})
     monkeypatch.setattr(reproduce, "subprocess", forks)
     folders = tmp_path / "results", tmp_path / "runs"
     assert reproduce.reproduce(study, only, 2, *folders) == 0, capsys.readouterr()
@@ -59,7 +60,8 @@ def test_every_setting_of_every_study_runs(study, tmp_path, monkeypatch, capsys)
     assert set(stored) == {(name, env, 1) for name in names}
     assert all(steps <= int(rows[-1]["step"]) < 2 * steps for rows in stored.values())
     text = plot.table(study, tmp_path / "results")
-    assert all(f"| {name} |" in text for name in names) and f"| {env}" in text
+    assert all(f"| {name} |" in text for name in names)
+    assert (f"| {env}" in text) == (study != "ppo-table1")  # whose scores ask for three seeds of everything
     plot.curves(study, tmp_path / "results")
     assert (tmp_path / "results" / f"{study}.png").exists() and (tmp_path / "results" / f"{study}.json").exists()
 
