@@ -23,13 +23,14 @@ For the cost of a random search one gets a trained policy, and a schedule of hyp
 A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
 checkpoint and a score come out. The launcher knows nothing of the algorithm that a script implements, only what all
 scripts share: train, evaluate, parse_args, and flags like --resume, --stop-at-step and --run-dir. A leg that is lost
-is simply run again. Every event is one line in RUN/events.jsonl, and the launcher can rebuild everything it knows from
-these lines. So --resume goes on after any kind of death and, with --mode sync, takes the same decisions.
+is run once more; a member that fails twice becomes a copy. Every event is one line in RUN/events.jsonl, from which the
+launcher can rebuild everything it knows. So --resume goes on after any kind of death and, with --mode sync, takes the
+same decisions (if the same legs fail).
 
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/hopper --population 8 --slots 2 \\
         --mutate learning_rate:log:1e-5:1e-3 --mutate clip_coef:lin:0.1:0.4
     python pbt_launcher.py ppo_clip.py ... --resume              # the same command goes on where it was broken off
-    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: the same code, without copies
+    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: no copies, unless a member fails
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/again --replay pbt/hopper
     python pbt_launcher.py ppo_clip.py ... -- --num-envs 16 --num-steps 128    # after --: flags for the script
 
@@ -94,7 +95,7 @@ class Args:
     eval_episodes: int = 10  # with --score evaluation: how many, the same ones for all members
     quantile: float = 0.25  # the bottom fraction copies from the top one; 0: random search
     selection: Literal["truncation", "tournament"] = "truncation"  # tournament: each meets one other, drawn at random
-    warmup: int = 0  # no member is replaced before this step; early scores tell little
+    warmup: int = 0  # before this step only failed members become copies; early scores tell little
     min_gap: float = 0.0  # replace a member only if the other's score is higher by more than this
     resample_probability: float = 0.25  # explore: the chance of a draw from the prior instead of times 0.8 or 1.2
     mode: Literal["sync", "async"] = "sync"  # async (the paper): decide about each member as it finishes a leg
@@ -121,8 +122,9 @@ def ranked(scores):
 
 
 def exploit(scores, args, rng):
-    """Who copies whom: {loser: donor}. scores: {member: score}. A member without a score has just become a copy, or no
-    episode ended in its leg, perhaps because it does well. Nothing is known of it, so it is left alone."""
+    """Who copies whom: {loser: donor}. scores: {member: score}. A member without a score has finished no leg
+    yet, or none since it became a copy; or no episode ended in its leg, perhaps because it does well. Nothing is known
+    of it, so it is left alone."""
     if args.quantile == 0 or args.replay:
         return {}
     scores = {m: x for m, x in scores.items() if x is not None}
@@ -218,7 +220,7 @@ class Hyperparameter:
 
 def explore(values, hyperparameters, resample_probability, rng):
     """A copy's hyperparameters, from the donor's {name: value}: each perturbed or, sometimes, drawn from its prior. By
-    steps of 20 % a factor of ten takes thirteen copies. A draw gets there at once, and brings back what was lost."""
+    steps of 20 % a factor of ten takes eleven copies or more. A draw gets there at once, and restores variety."""
     new = {}
     for h in hyperparameters:
         resample = rng.random() < resample_probability
@@ -230,7 +232,8 @@ def explore(values, hyperparameters, resample_probability, rng):
 
 
 def train(args):
-    """Train a population to its end. Returns a summary. Raises UserError before anything is written.
+    """Train a population to its end. Returns a summary. Raises UserError, nearly always before anything is written: a
+    mistake that only a first leg shows leaves a folder that is free.
 
     A member is ready, then trains a leg in a slot, then waits for the decision about it, and is ready again: as itself,
     or as a copy of another one."""
@@ -351,15 +354,14 @@ class Population:
     def due(self):
         """The members to decide about: those that wait. In sync mode there are none until all do, so that no decision
         depends on who was faster, and a seed fixes them all. In async mode members are compared at different steps, and
-        one that has failed twice waits until there is a checkpoint that it could copy."""
+        one that has failed twice waits until another finishes a leg."""
         members = [m for m in self.members.values() if not self.done(m)]
         waiting = [m for m in members if m.waiting]
-        if len(waiting) == len(members):
-            return waiting
-        return [m for m in waiting if self.args.mode == "async" and (m.failures < 2 or self.sound())]
+        finished = [m for m in waiting if m.failures < 2]
+        return waiting if len(waiting) == len(members) or self.args.mode == "async" and finished else []
 
     def sound(self):
-        """{member: score} of those whose checkpoint has not made a leg fail twice."""
+        """{member: score} of those whose checkpoint no member that has failed twice holds."""
         bad = {m.leg for m in self.members.values() if m.failures >= 2}
         return {m.id: m.score for m in self.members.values() if m.leg not in bad | {None}}
 
@@ -382,7 +384,8 @@ class Population:
     def copy(self, member, donor, rng):
         """The change of a member into a copy of the donor: the hyperparameters, explored, and a seed that no one else
         has, or the two would repeat each other's noise."""
-        hyper = explore(self.members[donor].hyper, self.hyperparameters, self.args.resample_probability, rng)
+        searched = [] if self.args.replay else self.hyperparameters  # a replay's are those of the schedule
+        hyper = explore(self.members[donor].hyper, searched, self.args.resample_probability, rng)
         tqdm.write(f"member {member.id} copies member {donor}: {readable(hyper)}", file=sys.stderr)
         return {"member": member.id, "donor": donor, "hyper": hyper, "seed": int(rng.integers(2**31))}
 
@@ -429,7 +432,7 @@ class Population:
             if m.failures == 2:
                 m.waiting, m.score = True, None
         elif event["event"] == "decide":
-            before = {j: replace(m) for j, m in self.members.items()}  # a donor may become a copy in the same event
+            before = {j: replace(m) for j, m in self.members.items()}  # in async mode a donor may become a copy, too
             for copy in event["copies"]:
                 m, donor = self.members[copy["member"]], before[copy["donor"]]
                 m.hyper, m.seed, m.score, m.failures = copy["hyper"], copy["seed"], None, 0
@@ -437,6 +440,9 @@ class Population:
             for j in event["members"]:
                 self.members[j].waiting = False
             self.decisions += 1
+        elif event["event"] == "resume":  # what made legs fail may be mended: two new tries
+            for m in self.members.values():
+                m.waiting, m.failures = m.waiting and not m.failures, 0
 
     def __enter__(self):
         try:
@@ -451,10 +457,7 @@ class Population:
         self.file.truncate(size)
         for event in events:
             self.apply(event)
-        for m in self.members.values():  # what made legs fail may be mended: two new tries
-            m.waiting, m.failures = m.waiting and not m.failures, 0
-        if not events:
-            self.record("args", args=asdict(self.args))
+        self.record("resume") if events else self.record("args", args=asdict(self.args))
         total, initial = len(self.members) * self.args.total_timesteps, sum(m.step for m in self.members.values())
         self.bar = tqdm(total=total, initial=initial, unit=" steps", disable=None)  # shown on a terminal
         return self
@@ -573,12 +576,12 @@ class Script:
 
 def check_flags(population, slot, signals):
     """Let the script itself read the flags of a first leg, before anything is written: both ends of each prior, since a
-    bound that the script refuses might be drawn only after hours, then the flags as they are. A slot does it, because
-    only where legs run is there a GPU, say. Raises UserError."""
+    bound that the script refuses might be drawn only after hours, then the first draws. A slot does it, because only
+    where legs run is there a GPU, say. Raises UserError."""
     first, trials = population.members[0], []
     for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
-    for name, hyper in [*trials, ("", first.hyper)]:
+    for name, hyper in [*trials, *(("", m.hyper) for m in population.members.values())]:
         while not slot.available() and not signals:
             time.sleep(0.01)
         slot.start({"check": population.next_leg(replace(first, hyper=hyper))[1]["train"]})

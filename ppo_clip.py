@@ -40,7 +40,7 @@ The paper does not mention these. The first two matter most (Engstrom et al. 202
     python ppo_clip.py --evaluate runs/Hopper-v4__ppo_clip__1__DATE     # without noise; prints one line of JSON
     python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # Discrete actions work, too
 
-Expect after 1M steps, of ten seeds: Hopper-v4 1000-3000, Walker2d-v4 1300-4200, HalfCheetah-v4 1500-2700;
+Expect after 1M steps (range of ten seeds): Hopper-v4 1000-3000, Walker2d-v4 1300-4200, HalfCheetah-v4 1500-2700;
 CartPole-v1 500 at 200 000 steps.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
@@ -401,6 +401,7 @@ def train(args: Args) -> dict:
 
     cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
     with actors, run:
+        run.begin()
         while not over:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             if args.lr_schedule != "kl-adaptive":
@@ -594,9 +595,12 @@ class Actors:
             with contextlib.suppress(OSError):  # that worker is dead
                 pipe.send(None)
         deadline = time.monotonic() + 5  # for all of them together
-        for process, _ in self.workers:
-            process.join(max(0, deadline - time.monotonic()))
-            process.kill()
+        try:
+            for process, _ in self.workers:
+                process.join(max(0, deadline - time.monotonic()))
+        finally:  # after another Ctrl-C, too: nothing else would end a worker that hangs
+            for process, _ in self.workers:
+                process.kill()
         close(*self.own.envs)
 
     def collect(self, agent, seed=None):
@@ -786,6 +790,8 @@ class Run(contextlib.ExitStack):
         self.last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
         if self.checkpoint:
             for key, x in self.checkpoint["adam"].items():
+                if x.shape != state[key].shape:
+                    raise UserError("the checkpoint does not fit this agent: other parameters were frozen")
                 state[key].copy_(x)
             actors.episodes = self.checkpoint["episodes"]
             actors.last.extend(map(tuple, self.checkpoint["last"]))
@@ -812,7 +818,8 @@ class Run(contextlib.ExitStack):
             temporary.unlink(missing_ok=True)
             raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from None
 
-    def __enter__(self):
+    def begin(self):
+        """Lock and write the folder, show the bar, listen to signals. Leaving the `with` ends it. Raises UserError."""
         args, terminal = self.args, sys.stderr.isatty()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -849,8 +856,8 @@ class Run(contextlib.ExitStack):
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         for number in numbers:
-            self.callback(signal.signal, number, signal.signal(number, self.stop))
-        return self
+            self.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, self.stop)
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -887,14 +894,16 @@ class Run(contextlib.ExitStack):
         new = min(self.actors.episodes - self.episodes_before, 100)
         returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
         result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
-        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": self.signal}
+        path = self.dir / "checkpoint.pt"
+        path = path if path.exists() else self.args.resume  # of which nothing is left to do
+        return result | {"checkpoint": str(path), "signal": self.signal}
 
 
 def adapted(run, name, flag):
     """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
     value = getattr(run.args, flag)
     if run.checkpoint and run.checkpoint["args"].get(flag) != value:
-        run.checkpoint["adapted"].pop(name, None)  # nor may Run.__enter__ write it into a new folder
+        run.checkpoint["adapted"].pop(name, None)  # nor may Run.begin write it into a new folder
     return run.checkpoint.get("adapted", {}).get(name, value)
 
 
@@ -998,7 +1007,8 @@ def main(argv=None) -> int:
         check_args(args)
         result = evaluate(args) if args.evaluate else train(args)
         if not args.evaluate:
-            run_dir = Path(result["checkpoint"]).parent
+            path = Path(result["checkpoint"])
+            run_dir = path.parent if path.name == "checkpoint.pt" else path
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
             longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""

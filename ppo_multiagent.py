@@ -22,20 +22,20 @@ mappo and ippo differ in the critic's input and in nothing else. Agents share on
 vector whom it speaks for; with --no-share-params each has networks, normalisers and a gradient norm of its own.
 
 --critic-input state-actions shows agent g's critic the actions of the others, too: V(s, a^-g). What they did is then
-no longer noise in agent g's advantage. That such a critic does not bias the policy gradient takes five lines:
+no longer noise in agent g's advantage. As a baseline, such a critic does not bias the policy gradient:
 
-    Let b be any function of s and of a^-g, the others' actions, and let all agents draw independently, given s.
+    Let b be any function of s and a^-g, and let all agents draw independently, given s and the observations o.
     E[ grad log pi(a^g|o^g) b(s, a^-g) ]
-      = E_s E_{a^-g|s} [ b(s, a^-g)  sum_{a^g} pi(a^g|o^g) grad log pi(a^g|o^g) ]       independence
-      = E_s E_{a^-g|s} [ b(s, a^-g)  grad sum_{a^g} pi(a^g|o^g) ]  =  0                 since the sum is always 1
+      = E_{s,o} E_{a^-g|o} [ b(s, a^-g)  sum_{a^g} pi(a^g|o^g) grad log pi(a^g|o^g) ]      independence
+      = E_{s,o} E_{a^-g|o} [ b(s, a^-g)  grad sum_{a^g} pi(a^g|o^g) ]  =  0                since the sum is always 1
     So subtracting b leaves the expected gradient as it is (the counterfactual baseline of COMA, Foerster et al. 2018).
 
 Agent g's own action must not be among its inputs: then b could not leave the sum, and the gradient would be biased.
 
 What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for what is not
-there. Left out are recurrence, layer norm, and the clipped Huber loss of the value. Different on purpose: four
-minibatches where the paper advises one, because simple_spread is learned faster; values that are bootstrapped at a time
-limit; and an agent that leaves before the others has no part in what its team gets later.
+there. Left out are recurrence, layer norm, and the Huber loss and clipping of values. Three things differ on purpose:
+four minibatches, not one, as simple_spread is learned faster; time limits are bootstrapped through; and an agent that
+leaves before the others gets no share of its team's later rewards.
 
     python ppo_multiagent.py                                                    # MAPPO on simple_spread: one minute
     python ppo_multiagent.py --algorithm ippo --no-share-params
@@ -94,9 +94,9 @@ Distribution.set_default_validate_args(False)  # checking arguments would wait f
 
 @dataclass
 class Args:
-    """MAPPO, IPPO and self-play. Defaults: the MAPPO paper's for particle environments; for self-play see below."""
+    """MAPPO, IPPO and self-play. Defaults: near the MAPPO paper's for particle environments; self-play's are below."""
 
-    algorithm: Literal["mappo", "ippo", "selfplay"] = "mappo"  # whose critic sees what, or one policy on both sides
+    algorithm: Literal["mappo", "ippo", "selfplay"] = "mappo"  # joint critic; own critics; one policy on both sides
     env_id: str = "simple_spread"  # simple_spread, connect_four (selfplay), or PettingZoo's: mpe2.simple_tag_v3
     env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
     total_timesteps: int = 1_000_000  # steps of the whole run, all agents acting in each; selfplay: the learner's moves
@@ -130,13 +130,13 @@ class Args:
     norm_adv: bool = True  # normalise advantages in each minibatch, over all samples that a learner learns from
     clip_coef: float = 0.2  # eps of the clip
     ent_coef: float = 0.01  # weight of the entropy bonus
-    ent_final: float = 1.0  # the share of it that is left at the end of the run, on a straight line
+    ent_final: float = 1.0  # the entropy weight falls linearly from ent_coef to ent_coef * ent_final
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    latest_prob: float = 0.5  # selfplay: share of opponents, rounded to eighths, that are not snapshots of the past
-    opening_plies: int = 0  # selfplay: on half of the boards games begin after up to this many random plies
-    pool_size: int = 32  # selfplay: the most snapshots; they are taken at equal distances over the whole run
+    latest_prob: float = 0.5  # selfplay: share of opponents, in eighths, that are the present policy, not snapshots
+    opening_plies: int = 0  # selfplay: half of the boards start games after 1 to this many random plies; 0: none
+    pool_size: int = 32  # selfplay: the largest number of snapshots, taken at equal intervals over the run
 
 
 SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it counts mostly for the last few moves
@@ -197,9 +197,9 @@ class RunningMeanStd(nn.Module):
 
 class StackedMLP(nn.Module):
     """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
-    P = 1: one network for all G agents; P = G: one each. windows (W, K), where a world has some, are W lists of K
-    inputs that mean the same: the lines of a board, say. The first layer reads each of them with the same weights, an
-    eighth of `hidden` wide. So what is learned in one place is known in all."""
+    P = 1: one for all G agents; P = G: one each. windows (W, K), if a world has any: W groups of K input indices, such
+    as the lines of a board. As in a convolution, the first layer reads every group with the same weights, an eighth of
+    `hidden` features each, so what is learned in one place is known in all."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
@@ -321,15 +321,15 @@ class Team(nn.Module):
         """Let a rollout's observations, states and returns (T, N, G) enter the running statistics, where agents live.
 
         NOTE: the critic's last layer is rescaled so that new units change no value (PopArt, van Hasselt et al. 2016).
-        Without that a growing standard deviation would stretch all values, the next targets bootstrap from these, and
-        on simple_spread both grow without limit within 100 000 steps."""
+        Without it, a growing standard deviation stretches all values, and the next targets, which bootstrap from them.
+        On simple_spread both then grow without limit within 100 000 steps."""
         old_mean, old_std = (x.view(-1, 1, 1) for x in self.value_scale())
-        of_learners = (x.chunk(self.P, 2) for x in (rollout["alive"] > 0, returns, rollout["obs"]))
-        for p, (alive, of_returns, of_obs) in enumerate(zip(*of_learners)):
+        chunks = (x.chunk(self.P, 2) for x in (rollout["alive"] > 0, returns, rollout["obs"]))
+        for p, (alive, returns_p, obs_p) in enumerate(zip(*chunks)):
             if alive.any():
-                self.value_rms[p].update(of_returns[alive])
+                self.value_rms[p].update(returns_p[alive])
                 if self.obs_rms:
-                    self.obs_rms[p].update(of_obs[alive])
+                    self.obs_rms[p].update(obs_p[alive])
         if self.state_rms and "state" in rollout:
             self.state_rms[0].update(rollout["state"].flatten(0, 1))
         mean, std = (x.view(-1, 1, 1) for x in self.value_scale())
@@ -462,8 +462,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 @torch.no_grad()
 def make_team_batch(team, rollout, args):
-    """All that the update needs of the rollout, the old policies and the old values: tensors (B, ...). Returns it, and
-    the lambda-returns (T, N, G) in units of the reward."""
+    """All that the update needs of the rollout, the old policies and the old values: tensors (B, ...). Returns this
+    batch, and the lambda-returns (T, N, G) in units of the reward."""
     device = team.identity.device
     rollout = {key: x.to(device) for key, x in rollout.items()}
     action, leaves = rollout["action"], rollout["alive"] - rollout["next_alive"]  # (T, N, G) or (T, N, G, A), (T, N, G)
@@ -474,23 +474,23 @@ def make_team_batch(team, rollout, args):
     if team.critic_sees != "obs":
         state, next_state = (team.scaled_state(rollout[key]) for key in ("state", "next_state"))  # (T, N, S)
     if team.critic_sees == "state-actions":
-        # What the agents did next is known but for the last step. There they are asked what they would have done.
+        # The next actions are known, except at the last step and where an episode ended. There the policies are asked.
         next_action = team.act(rollout["next_obs"], rollout["next_legal"], team.noise(*done.shape[:2]).to(device))
-        ended = rollout["over"][:-1].view(-1, done.shape[1], *[1] * (action.dim() - 2)) > 0
-        next_action[:-1] = torch.where(ended, next_action[:-1], action[1:])
+        goes_on = rollout["over"][:-1] == 0  # (T-1, N)
+        next_action[:-1][goes_on] = action[1:][goes_on]
     mean, std = team.value_scale()
     value, next_value = team.value(obs, state, action), team.value(next_obs, next_state, next_action)  # (T, N, G)
     reward = rollout["reward"]
     if args.team_reward != "none":
         reward = (reward.sum(-1, True) if args.team_reward == "sum" else reward.mean(-1, True)).expand_as(reward)
-    old, following = mean + std * value, mean + std * next_value
-    advantage = gae(reward, old, following, rollout["terminated"], done, args.gamma, args.gae_lambda)
+    raw_value, next_raw_value = mean + std * value, mean + std * next_value  # in units of the reward, (T, N, G)
+    advantage = gae(reward, raw_value, next_raw_value, rollout["terminated"], done, args.gamma, args.gae_lambda)
     parameters = team.policy_parameters(obs, rollout["legal"])
     batch = {"obs": obs, "legal": rollout["legal"], "alive": rollout["alive"], "action": action}
     batch |= {"old_policy": parameters, "logprob": team.distribution(parameters).log_prob(action)}
-    batch |= {"advantage": advantage, "value": value, "return": (advantage + old - mean) / std}
+    batch |= {"advantage": advantage, "value": value, "return": (advantage + raw_value - mean) / std}
     batch |= {"state": state} if state is not None else {}
-    return {key: x.flatten(0, 1) for key, x in batch.items()}, advantage + old
+    return {key: x.flatten(0, 1) for key, x in batch.items()}, advantage + raw_value
 
 
 def clipped_surrogate(ratio, advantage, clip_coef):
@@ -513,7 +513,8 @@ def team_loss(team, batch, coef, norm_adv):
         advantage = centred / (mean(centred.square()).sqrt() + 1e-8)
 
     policy = team.policy(batch["obs"], batch["legal"])
-    log_ratio = (policy.log_prob(batch["action"]) - batch["logprob"]) * batch["alive"]
+    # A dead agent's ratio is 1: its weight 0 would not undo an overflow, as 0 * inf is nan.
+    log_ratio = (policy.log_prob(batch["action"]) - batch["logprob"]) * batch["alive"]  # (M, G)
     ratio = log_ratio.exp()
     policy_loss = -mean(clipped_surrogate(ratio, advantage, coef["clip_coef"]))
     value = team.value(batch["obs"], batch.get("state"), batch["action"])
@@ -596,6 +597,7 @@ def train(args: Args) -> dict:
 
     cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
     with actors, run:
+        run.begin()
         while not over:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             coef["learning_rate"].fill_(args.learning_rate * (remaining if args.lr_schedule == "linear" else 1))
@@ -656,9 +658,9 @@ def train(args: Args) -> dict:
 
 
 class SelfPlay:
-    """A two-player zero-sum game as a world with one agent: a step is its move and the reply. Both sides see the board
-    as the one who is to move. The reward is 1 for a win, -1 for a loss, and may come from the opponent's ply. Who did
-    not make the last move begins the next game. So no ply is passed, and the side that lost gets the easier seat."""
+    """A two-player zero-sum game as a world with one agent. A step is the agent's ply and the opponent's reply. Each
+    side sees the board from its own point of view. The reward is 1 for a win, -1 for a loss, also if the opponent's ply
+    decides. Whoever did not make the last ply opens the next game: nobody has to pass, and the loser gets to begin."""
 
     num_agents, HAND = 1, 8  # opponents that are met in one iteration
 
@@ -708,6 +710,7 @@ class SelfPlay:
         lost, ended = self.game.play(self.opponents_move(noise))
         lost = lost * ~over  # NOTE: an opening can be so good that the opponent wins the next game with its first ply
         self.game.restart(ended)
+        # Every end is terminal, so no value is taken of its successor: the next game's view will do.
         view, over = self.view(), (over | ended).float()
         return view, view, (won - lost)[:, None], over[:, None], over
 
@@ -724,7 +727,7 @@ class Pool:
         self.args, batch = args, args.num_envs * args.num_steps
         self.every = math.ceil(args.total_timesteps / batch / args.pool_size)  # iterations
         self.snapshots, self.strength = list(snapshots), dict(strength)
-        if snapshots[1:]:  # a run that has become longer has them further apart
+        if snapshots[1:]:  # resumed with a longer run: thin out the snapshots to the new interval
             self.snapshots = snapshots[:: math.ceil(self.every * batch / snapshots[1]["global_step"])]
 
     def adapted(self):
@@ -744,12 +747,12 @@ class Pool:
         return [team.actor.state_dict()] * present + [self.snapshots[i]["actor"] for i in chosen]
 
     def measure(self, team, world, seed):
-        """Score against random play and the snapshot from the middle of the run so far. Not against the opponents of
-        training: that score stays where it is however strong both sides become, or weak."""
+        """Score against random play and against the middle snapshot. A score against training's own opponents would say
+        little: it can stay near 1/2 while both sides become stronger, or weaker."""
         middle = self.snapshots[len(self.snapshots) // 2]["actor"] if self.snapshots else team.actor.state_dict()
         with torch.random.fork_rng(devices=()):  # training's random numbers go on as if nothing had been played
             torch.manual_seed(seed)
-            arena = SelfPlay(type(world.game)(96, world.game.device), self.args)
+            arena = SelfPlay(type(world.game)(96, world.game.device), self.args)  # at random at first
             for key in ("selfplay/score_random", "selfplay/score_middle"):
                 self.strength[key] = (first_episodes(team, arena, sampled=True).mean().item() + 1) / 2
                 arena.deal([middle] * arena.HAND)
@@ -1119,9 +1122,12 @@ class TeamActors:
             with contextlib.suppress(OSError):  # that worker is dead
                 pipe.send(None)
         deadline = time.monotonic() + 5  # for all of them together
-        for process, _ in self.workers:
-            process.join(max(0, deadline - time.monotonic()))
-            process.kill()
+        try:
+            for process, _ in self.workers:
+                process.join(max(0, deadline - time.monotonic()))
+        finally:  # after another Ctrl-C, too: nothing else would end a worker that hangs
+            for process, _ in self.workers:
+                process.kill()
         close(*self.own.envs)
 
     def collect(self, team, seed=None):
@@ -1316,6 +1322,8 @@ class Run(contextlib.ExitStack):
         self.last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
         if self.checkpoint:
             for key, x in self.checkpoint["adam"].items():
+                if x.shape != state[key].shape:
+                    raise UserError("the checkpoint does not fit this agent: other parameters were frozen")
                 state[key].copy_(x)
             actors.episodes = self.checkpoint["episodes"]
             actors.last.extend(map(tuple, self.checkpoint["last"]))
@@ -1342,7 +1350,8 @@ class Run(contextlib.ExitStack):
             temporary.unlink(missing_ok=True)
             raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from None
 
-    def __enter__(self):
+    def begin(self):
+        """Lock and write the folder, show the bar, listen to signals. Leaving the `with` ends it. Raises UserError."""
         args, terminal = self.args, sys.stderr.isatty()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -1379,8 +1388,8 @@ class Run(contextlib.ExitStack):
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         for number in numbers:
-            self.callback(signal.signal, number, signal.signal(number, self.stop))
-        return self
+            self.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, self.stop)
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -1417,7 +1426,9 @@ class Run(contextlib.ExitStack):
         new = min(self.actors.episodes - self.episodes_before, 100)
         returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
         result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
-        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": self.signal}
+        path = self.dir / "checkpoint.pt"
+        path = path if path.exists() else self.args.resume  # of which nothing is left to do
+        return result | {"checkpoint": str(path), "signal": self.signal}
 
 
 # ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
@@ -1559,7 +1570,8 @@ def main(argv=None) -> int:
         check_args(args)
         result = evaluate(args) if args.evaluate else train(args)
         if not args.evaluate:
-            run_dir = Path(result["checkpoint"]).parent
+            path = Path(result["checkpoint"])
+            run_dir = path.parent if path.name == "checkpoint.pt" else path
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
             longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""

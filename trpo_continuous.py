@@ -20,8 +20,8 @@ Why the KL divergence. "Near" has to mean that both policies act alike, and a di
 measure that. To move the mean action by 0.1 is nothing if the standard deviation is 1, and everything if it is 0.01.
 The KL compares the distributions themselves, in every state, whatever parameters describe them.
 
-Why the natural gradient. A short step s raises L by about g's, where g is its gradient, and the KL by about 0.5 s'Fs:
-at pi_old the KL is 0, its smallest value, so it begins with its second derivative F, the Fisher matrix. Of all steps
+Why the natural gradient. Let g be L's gradient at pi_old and s a short step. L rises by about g's. The KL and its
+gradient are 0 there, so it rises by about 0.5 s'Fs, where F, its second derivative, is the Fisher matrix. Of all steps
 that cost the same KL, those along x = F^-1 g raise L most. A step a x costs 0.5 a^2 x'Fx, so the longest one allowed is
 
     s = sqrt(2 max_kl / x'Fx) x
@@ -39,15 +39,16 @@ Three forms:
   chooses the price of the KL, and the gradient decides how far the policy moves; an adaptive beta doubles and halves
   to keep the KL near max_kl. At `beta_star` = sqrt(x'Fx / (2 max_kl)) the full step is that of the first form.
 
-No form guarantees that the return rises. The penalty that would (TRPO theorem 1, divided by the 1 / (1-gamma) steps
-that its L counts) is 4 max|A| gamma / (1-gamma) times the largest KL. With normalised advantages that is 800 and more,
-where beta_star is 1 to 3: steps would be too small to see. This is why the paper sets a bound instead.
+No form guarantees that the return rises. Theorem 1's penalty would. Its L is a discounted sum over time, 1 / (1-gamma)
+times a mean like ours; so for our L it is 4 max|A| gamma / (1-gamma) times the largest KL. With normalised advantages
+that is 800 and more, where beta_star, which weighs the far smaller mean KL, is 1 to 3: steps would be too small to see.
+This is why the paper sets a bound instead.
 
 Departures from the paper:
 - Advantages come from a critic (GAE), which is fitted after the policy's step; the paper used returns alone.
 - F is damped (F + 0.1 I), since on one batch it is nearly singular. So a full step has less KL than max_kl, by design.
-- Observations and rewards are scaled by running statistics, layers start orthogonal, advantages are normalised. This
-  is what separates "TRPO+" from TRPO in Engstrom et al. 2020.
+- Observations and rewards are scaled by running statistics, layers start orthogonal: parts of "TRPO+" (Engstrom et al.
+  2020). Advantages are normalised over the batch, too.
 - A run has 489 iterations of 8 environments x 256 steps; the paper had 200 of 50 000 steps and more. With so few steps
   its max_kl of 0.01 is a little slow: here it is 0.02.
 - gamma is 0.995, as in the first author's code. With the paper's 0.99 a hopper runs faster and falls sooner: 1884 on
@@ -59,7 +60,7 @@ Departures from the paper:
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on from its checkpoint
     python trpo_continuous.py --evaluate runs/Hopper-v4__trpo_continuous__1__DATE    # prints one line of JSON
 
-Expect after 1M steps, of ten seeds: Hopper-v4 2100-3500, Walker2d-v4 1700-4100, HalfCheetah-v4 1600-5200.
+Expect after 1M steps (range of ten seeds): Hopper-v4 2100-3500, Walker2d-v4 1700-4100, HalfCheetah-v4 1600-5200.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
 A action dimensions, P = 2A numbers that describe the policy in one state, K numbers in theta, the policy's parameters.
@@ -108,7 +109,7 @@ Distribution.set_default_validate_args(False)  # checking arguments would wait f
 
 @dataclass
 class Args:
-    """Trust Region Policy Optimization. Defaults: the paper's appendix, where it has them; else the field's codes."""
+    """Trust Region Policy Optimization. Defaults are common implementations'; the comments name the paper's values."""
 
     env_id: str = "Hopper-v4"  # gymnasium id, also my_module:MyEnv-v0; Box actions
     total_timesteps: int = 1_000_000  # environment steps of the whole run
@@ -129,12 +130,12 @@ class Args:
 
     form: Literal["constrained", "penalized"] = "constrained"  # bound the KL by max_kl, or subtract beta times the KL
     kl_constraint: Literal["mean", "max"] = "mean"  # constrained: the mean KL over the batch's states, or the largest
-    max_kl: float = 0.02  # constrained: the bound; adaptive beta: the KL of an iteration to steer for
+    max_kl: float = 0.02  # constrained: the bound (the paper: 0.01); adaptive beta: the KL to steer for
     beta: float = 1.0  # penalized: the weight of the KL; where it is adaptive, its first value
     beta_schedule: Literal["fixed", "adaptive"] = "fixed"  # penalized: always beta, or steer the KL (PPO section 4)
     cg_iters: int = 10  # iterations of conjugate gradients (App. C); on a stiff problem 10 gain 85 % of what 40 do
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
-    fvp_subsample: int = 1  # F from every k-th step of all environments (the paper: a tenth of the states); 5 saves 4 %
+    fvp_subsample: int = 1  # F from every k-th step of all environments (the paper: a tenth); 5 saves 4 % of a run
     backtrack_coeff: float = 0.8  # c, from one candidate of the line search to the next
     backtrack_iters: int = 10  # candidates of the line search; if none is acceptable the policy stays as it is
     gamma: float = 0.995  # discount (Table 2: 0.99)
@@ -364,7 +365,7 @@ def fisher_product(agent, theta, obs, damping):
         F = mean over states of J'MJ
 
     without second derivatives of the network: the KL's gradient, which they would be multiplied by, is 0 at theta. And
-    v'Fv, the mean of |M^(1/2) J v|^2, is never negative. Where no policy changes it is 0; damping makes it positive.
+    v'Fv, the mean of |M^(1/2) J v|^2, is never negative. It is 0 if v changes no state's policy; hence the damping.
     """
     parameters, Jt = torch.func.vjp(lambda theta: policy_parameters_at(agent, theta, obs), theta)  # (B, P), u -> J'u
     # u -> J'u is linear, so its own vector-Jacobian product is v -> J v. F v takes 1.4 ms so; by torch.func.jvp, which
@@ -382,7 +383,7 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
     Each step goes along p as far as is best. The directions are conjugate, p'Fq = 0, so a later step never spoils what
     an earlier one has gained, and a few steps do where F has thousands of rows. It ends at |r|^2 <= tolerance |b|^2.
     With tolerance None it never looks at a number, which a CUDA graph could not: all steps are made."""
-    tiny = torch.finfo(b.dtype).tiny  # once r is 0, or if b is: 0 / tiny changes nothing, where 0 / 0 would
+    tiny = torch.finfo(b.dtype).tiny  # with r = 0, x and p stay as they are; 0 / 0 would make them nan
     x, r, p = torch.zeros_like(b), b, b
     rr = bb = b @ b
     for _ in range(iters):
@@ -399,7 +400,7 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
 def natural_gradient(agent, theta, data, args):
     """The direction of the step: x = F^-1 g (K,). Returns the surrogate at theta, its gradient g, x, and g - F x."""
     g, surrogate = torch.func.grad_and_value(lambda theta: surrogate_and_kl(agent, theta, data)[0])(theta)
-    # The states of k consecutive steps resemble each other, so F can do with one of them.
+    # The states of consecutive steps resemble each other, so every k-th step is enough for F. (T, N, D) -> (T/k * N, D)
     obs = data["obs"].unflatten(0, (-1, args.num_envs))[:: args.fvp_subsample].flatten(0, 1)
     product, tolerance = fisher_product(agent, theta, obs, args.cg_damping), None if args.cuda else 1e-10
     return surrogate, g, *conjugate_gradient(product, g, args.cg_iters, tolerance)
@@ -417,9 +418,9 @@ def scaled_to_max_kl(look, theta, step, max_kl):
 
 
 def line_search(look, theta, step, old_surrogate, beta, args):
-    """Move theta by the first of step, c step, c^2 step, ... that is acceptable, or not at all (App. C). Returns, by
-    name, kl and kl_max, the mean and the maximum over states of KL(old||new), and improvement, of the surrogate (zeros
-    if nothing moved); and the place in the row (-1: none)."""
+    """Move theta by the first acceptable of step, c step, c^2 step, ..., or not at all (App. C). Returns a report and
+    that candidate's index j (-1: none). The report has the mean kl and largest kl_max over states of KL(old||new), and
+    the surrogate's improvement; zeros if nothing moved."""
     old_theta = theta.clone()
     for j in range(args.backtrack_iters):
         theta.copy_(old_theta + args.backtrack_coeff**j * step)
@@ -432,7 +433,7 @@ def line_search(look, theta, step, old_surrogate, beta, args):
 
 
 def acceptable(report, beta, args):
-    """Whether a step keeps what the approximations promised. What is not finite does not."""
+    """Whether the objective rises and, in the constrained forms, the KL is within max_kl. nan and inf are refused."""
     if args.form == "penalized":
         return 0 < report["improvement"] - beta * report["kl"] < math.inf
     kl = report["kl_max"] if args.kl_constraint == "max" else report["kl"]
@@ -457,15 +458,20 @@ def policy_step(theta, solve, look, beta, args):
     # The line search.
     report, j = line_search(look, theta, step, old_surrogate, beta, args)
 
-    expected, gradient_norm = (g @ (theta - old_theta)).item(), g.norm().item()
-    report |= {"line_search_step": j, "improvement_ratio": report["improvement"] / (expected or 1.0)}
-    report |= {"gradient_norm": gradient_norm, "cg_residual": residual.norm().item() / (gradient_norm or 1.0)}
-    return report | {"beta": beta, "beta_star": beta_star.item()}
+    promised, gradient_norm = (g @ (theta - old_theta)).item(), g.norm().item()
+    return report | {
+        "line_search_step": j,
+        "improvement_ratio": report["improvement"] / (promised or 1.0),  # 0, not 0 / 0, if nothing moved
+        "gradient_norm": gradient_norm,
+        "cg_residual": residual.norm().item() / (gradient_norm or 1.0),
+        "beta": beta,
+        "beta_star": beta_star.item(),
+    }
 
 
 def adapted_beta(beta, kl, target):
     """The next beta after an iteration that moved the policy by kl: doubled if it moved too far, halved if too little,
-    by PPO's section 4. It says that 1.5 and 2 hardly matter, and sets no bounds; here they are [1e-4, 1e4]."""
+    by PPO's section 4, which says that 1.5 and 2 hardly matter. Here beta is kept within [1e-4, 1e4]."""
     factor = 2.0 if kl > target * 1.5 else 0.5 if kl < target / 1.5 else 1.0
     return min(max(beta * factor, 1e-4), 1e4)
 
@@ -524,6 +530,7 @@ def train(args: Args) -> dict:
 
     cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
     with actors, run:
+        run.begin()
         while not over:
             # ---- collect: run pi_old for T steps in N environments ---------------------------------------------------
             rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)
@@ -719,9 +726,12 @@ class Actors:
             with contextlib.suppress(OSError):  # that worker is dead
                 pipe.send(None)
         deadline = time.monotonic() + 5  # for all of them together
-        for process, _ in self.workers:
-            process.join(max(0, deadline - time.monotonic()))
-            process.kill()
+        try:
+            for process, _ in self.workers:
+                process.join(max(0, deadline - time.monotonic()))
+        finally:  # after another Ctrl-C, too: nothing else would end a worker that hangs
+            for process, _ in self.workers:
+                process.kill()
         close(*self.own.envs)
 
     def collect(self, agent, seed=None):
@@ -927,6 +937,8 @@ class Run(contextlib.ExitStack):
         self.last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
         if self.checkpoint:
             for key, x in self.checkpoint["adam"].items():
+                if x.shape != state[key].shape:
+                    raise UserError("the checkpoint does not fit this agent: other parameters were frozen")
                 state[key].copy_(x)
             actors.episodes = self.checkpoint["episodes"]
             actors.last.extend(map(tuple, self.checkpoint["last"]))
@@ -953,7 +965,8 @@ class Run(contextlib.ExitStack):
             temporary.unlink(missing_ok=True)
             raise RunFailed(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was") from None
 
-    def __enter__(self):
+    def begin(self):
+        """Lock and write the folder, show the bar, listen to signals. Leaving the `with` ends it. Raises UserError."""
         args, terminal = self.args, sys.stderr.isatty()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -990,8 +1003,8 @@ class Run(contextlib.ExitStack):
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         for number in numbers:
-            self.callback(signal.signal, number, signal.signal(number, self.stop))
-        return self
+            self.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, self.stop)
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -1028,14 +1041,16 @@ class Run(contextlib.ExitStack):
         new = min(self.actors.episodes - self.episodes_before, 100)
         returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
         result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
-        return result | {"checkpoint": str(self.dir / "checkpoint.pt"), "signal": self.signal}
+        path = self.dir / "checkpoint.pt"
+        path = path if path.exists() else self.args.resume  # of which nothing is left to do
+        return result | {"checkpoint": str(path), "signal": self.signal}
 
 
 def adapted(run, name, flag):
     """An adapted coefficient: the checkpoint's or, where its flag is new or has changed, the flag's."""
     value = getattr(run.args, flag)
     if run.checkpoint and run.checkpoint["args"].get(flag) != value:
-        run.checkpoint["adapted"].pop(name, None)  # nor may Run.__enter__ write it into a new folder
+        run.checkpoint["adapted"].pop(name, None)  # nor may Run.begin write it into a new folder
     return run.checkpoint.get("adapted", {}).get(name, value)
 
 
@@ -1150,7 +1165,8 @@ def main(argv=None) -> int:
         check_args(args)
         result = evaluate(args) if args.evaluate else train(args)
         if not args.evaluate:
-            run_dir = Path(result["checkpoint"]).parent
+            path = Path(result["checkpoint"])
+            run_dir = path.parent if path.name == "checkpoint.pt" else path
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
             longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""

@@ -658,13 +658,16 @@ def test_the_bar_ends_whole(name, tmp_path, cli):
     assert all(line.count("steps/s") == 1 for line in bars)
 
 
-def test_a_checkpoint_elsewhere_is_no_run_folder(trainer, tmp_path, monkeypatch):
+def test_a_checkpoint_elsewhere_is_no_run_folder(trainer, tmp_path, monkeypatch, capsys):
     """A copy of a checkpoint that lies in a folder of other things begins a folder of its own."""
     run(trainer, "--run-dir", tmp_path / "a", "--stop-at-step", 512, small=small_for(trainer))
     run(trainer, "--run-dir", tmp_path / "b", "--stop-at-step", 512, small=small_for(trainer))
     shutil.copy(tmp_path / "a" / "checkpoint.pt", tmp_path / "b" / "best.pt")
     before = {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert trainer.main(["--resume", "b/best.pt", "--stop-at-step", "512"]) == 0  # nothing to do, so no folder
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == "b/best.pt" and not Path("runs").exists()
     assert trainer.main(["--resume", "b/best.pt", "--stop-at-step", "640"]) == 0
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
     (folder,) = (tmp_path / "runs").iterdir()

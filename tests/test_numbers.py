@@ -299,7 +299,7 @@ def test_populations_in_pairs():
 def test_mirror_images():
     row = next(row for row in stored("selfplay_study") if row["variant"] == "nomirror")
     low, high = (100 * row["one_ply"][kind]["mirrored"] for kind in ("own", "random"))
-    assert f"mirrored move, {low:.0f}-{high:.0f} % of which do without them" in page("multiagent.md")
+    assert f"mirrored move; without them, {low:.0f}-{high:.0f} % do." in page("multiagent.md")
 
 
 def spread_returns(policy, N=2000):

@@ -295,7 +295,8 @@ def test_half_an_event_did_not_happen(tmp_path, monkeypatch):
     before = decisions(tmp_path / "a")
     (tmp_path / "a" / "events.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # killed while it was written
     finished(tmp_path / "a", *SMALL, "--resume")
-    assert decisions(tmp_path / "a") == before and len(events(tmp_path / "a")) == len(lines)
+    assert decisions(tmp_path / "a") == before
+    assert len(events(tmp_path / "a")) == len(lines) + 1 and len(events(tmp_path / "a", "resume")) == 1
 
 
 def test_the_lineage_of_a_population_with_many_legs():
@@ -551,6 +552,45 @@ def test_a_member_that_has_failed_twice_waits_for_a_leg_to_copy(mode, found):
     assert [m.id for m in population.ready([])] == [1, 2] and population.due() == []
     population.apply({"event": "leg", "leg": "m01/t001", "member": 1, "step": 50_000, "score": 1.0})
     assert ([m.id for m in population.due()] == [0, 1]) == found
+
+
+def test_a_member_that_fails_at_once_does_not_jump_between_donors_that_are_still_training(tmp_path):
+    """In async mode: it waits until another member has finished a leg, and fails twice from there."""
+
+    class Slow(Inline):
+        def start(self, request):
+            super().start(request)
+            failing = "m00/" in request.get("log", "")
+            self.wait = 0 if failing or "check" in request else 30
+            if failing:
+                self.result = {"error": "toy_script.py: the GPU is gone"}
+
+        def poll(self):
+            self.wait -= 1
+            return super().poll() if self.wait < 0 else None
+
+    flags = ["--population", 3, "--interval", 100, "--total-timesteps", 300, "--mutate", "learning_rate:log:1e-4:0.1"]
+    with contextlib.suppress(AssertionError):
+        finished(tmp_path / "a", *flags, "--mode", "async", "--slots", 3, slot=Slow, status=1)
+    assert 2 <= len(events(tmp_path / "a", "failed")) <= 2 * (1 + len(events(tmp_path / "a", "leg")))
+
+
+def test_a_first_draw_that_the_script_refuses_is_found_before_anything_is_written(tmp_path):
+    """Both ends of the prior would do, and so would the first member's draw."""
+    draws = pbt.Population(pbt.Args(TOY, population=4, mutate=[SMALL[-1], "units:cat:16,many,32"])).members.values()
+    words = [m.hyper["units"] for m in draws]
+
+    class Refuses(Inline):
+        def start(self, request):
+            super().start(request)
+            if (
+                "check" in request
+                and f"--units={words[-1]}" in request["check"]
+                and "--units=16" not in request["check"]
+            ):
+                self.result = {"error": "toy_script.py: refused", "mistake": True}
+
+    assert "toy_script.py" in refused(tmp_path / "a", *SMALL, "--mutate", "units:cat:16,many,32", slot=Refuses)
 
 
 def test_a_member_that_fails_twice_restarts_from_a_peer(tmp_path):

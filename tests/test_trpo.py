@@ -571,7 +571,7 @@ def test_the_penalty_of_the_bound_is_far_from_what_a_step_costs(tmp_path):
     normalised advantages is at least 1; `beta_star` is some units."""
     gamma = trpo.Args().gamma
     assert round(4 * gamma / (1 - gamma), -2) == 800
-    assert "is 800 and more,\nwhere beta_star is 1 to 3" in trpo.__doc__
+    assert "is 800 and more, where beta_star" in trpo.__doc__
     beta_star = run(tmp_path, "a")["beta_star"]
     assert min(beta_star) > 0 and max(beta_star) < 80
 

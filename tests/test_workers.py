@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,20 @@ def test_ctrl_c_while_compiling_is_one_line(tmp_path, cli, monkeypatch):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
     assert len([x for x in err.splitlines() if "interrupted" in x or "evaluate" in x]) == 1, err
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_whose_environment_hangs(tmp_path, cli):
+    flags = ["--env-id", "toy_envs:Broken-step-hang-v0", "--run-dir", "a", "--num-workers", 2, "--no-compile"]
+    process = cli("ppo_clip", *flags, wait=False)
+    wait_for(lambda: len(list(tmp_path.glob("hanging-*"))) == 2, process)
+    workers = children(process.pid)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT)
+    wait_for(lambda: not any(map(alive, workers)), seconds=10)
 
 
 def descendants(pid):
