@@ -236,16 +236,44 @@ def test_scripts_say_what_to_expect():
     assert text in page("trpo_continuous.py")
 
 
+def table1():
+    """The sentences about the paper's Table 1, from the data."""
+    settings = [s.name for s in plot.STUDIES["ppo-table1"].settings]
+    found, envs = plot.returns("ppo-table1", RESULTS), list(plot.STUDIES["ppo-table1"].envs)
+    assert sum(map(len, found.values())) == 231
+    scores = {name: statistics.fmean(x.values()) for name, x in plot.normalised(found, envs).items()}
+    cheetah = {name: statistics.fmean(found[name, "HalfCheetah-v4"].values()) for name in settings}
+    nothing, clips, adaptive, fixed = settings[0], settings[1:4], settings[4:7], settings[7:10]
+    assert min(scores, key=scores.get) == nothing and max(cheetah, key=cheetah.get) == settings[7]
+
+    def reach(names):
+        return f"{min(scores[x] for x in names):.2f} to {max(scores[x] for x in names):.2f}"
+
+    yield f"clipping with eps = 0.2 has {scores[settings[2]]:.2f} ({plot.PAPER[settings[2]]:.2f} there)"
+    yield f"beta = 10 {scores[settings[10]]:.2f} ({plot.PAPER[settings[10]]:.2f})"
+    yield f"here HalfCheetah ends at {cheetah[nothing]:.0f}, above random play's {plot.RANDOM['HalfCheetah-v4']:.0f}, and"
+    yield f"the row at {scores[nothing]:.2f}"
+    yield f"a fixed beta of 0.3, 1 or 3 has {reach(fixed)}, an adaptive one {reach(adaptive)}, clipping {reach(clips)}"
+    others = [x for name, x in cheetah.items() if name not in (settings[7], nothing)]
+    yield f"HalfCheetah ({cheetah[settings[7]]:.0f}; the others {min(others):.0f} to {max(others):.0f})"
+
+
+def test_table1_beside_the_papers():
+    for sentence in table1():
+        assert sentence in page("results.md"), sentence
+
+
 def test_the_penalty():
     assert f"`--gamma 0.995` lifts Hopper to {spread('v4-flags', 'ppo_klpen.py --gamma 0.995', 'Hopper-v4')}." in page(
         "ppo_klpen.md"
     )
     medians = [f"{x:.4f}" for name, x in plot.klpen_medians().items() if name.startswith("constant")]
     assert "constant rate: {}, {} and {}, where the target is 0.01".format(*medians) in page("ppo_klpen.md")
-    fixed, adaptive = (
-        mean("ppo-table1", name, "Hopper-v4") for name in ("fixed KL, beta = 1", "adaptive KL, d_target = 0.01")
-    )
-    assert fixed >= adaptive and "A fixed beta of 1 does as well as the adaptive one on Hopper" in page("ppo_klpen.md")
+    found, envs = plot.returns("ppo-table1", RESULTS), list(plot.STUDIES["ppo-table1"].envs)
+    scores = {name: statistics.fmean(x.values()) for name, x in plot.normalised(found, envs).items()}
+    names = "adaptive KL, d_target = 0.01", "fixed KL, beta = 1", "clipping, eps = 0.2"
+    text = "the adaptive penalty has {:.2f}, a fixed beta of 1 {:.2f}, and clipping {:.2f}:"
+    assert text.format(*(scores[name] for name in names)) in page("ppo_klpen.md")
 
 
 def test_gamma_helps():
