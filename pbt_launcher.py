@@ -47,7 +47,6 @@ quarter, drawn anew; in the paper these are two strategies. A score is the mean 
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import io
 import json
@@ -101,7 +100,7 @@ class Args:
     mode: Literal["sync", "async"] = "sync"  # async (the paper): decide about each member as it finishes a leg
 
     slots: int = 2  # legs that run at the same time
-    gpus: str = ""  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
+    gpus: str | None = None  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
     leg_timeout: float = 14400.0  # seconds until a leg counts as hung; later 5 times the median (60 at least)
     executor: Literal["local", "ray"] = "local"  # ray (optional package): slots are actors on a Ray cluster
     ray_address: str | None = None  # HOST:PORT of a running cluster (default: start one on this machine)
@@ -448,7 +447,7 @@ class Population:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "events.jsonl", "a+b")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.file)
         except OSError as error:
             busy = isinstance(error, BlockingIOError)
             raise UserError(f"{self.folder}: {'another launcher is using it' if busy else error.strerror}") from error
@@ -602,7 +601,7 @@ class LocalSlot:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same bits, however many slots there are
         # Python clears up the semaphores of a process that was killed, and need not warn of each.
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-        devices = args.gpus.split(",")
+        devices = args.gpus.split(",") if args.gpus else [None]
         self.script, self.gpu, self.process = args.script, devices[index % len(devices)], None
         self.available()
 
@@ -802,7 +801,26 @@ def first_line(error):
 
 
 def say(text):
-    print(f"{SCRIPT}.py: {text}", file=sys.stderr, flush=True)
+    show(f"{SCRIPT}.py: {text}", sys.stderr)
+
+
+def show(text, file):
+    """Print a line. That nobody reads any more (`| head -1`) is no reason to end a run."""
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def lock(file):
+    """Keep other processes out. Raises BlockingIOError if one of them was first."""
+    try:
+        import fcntl  # Windows has none
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if isinstance(error, BlockingIOError):
+            raise  # any other error: this file system has no locks, and we do without
 
 
 def cli(argv) -> Args:
@@ -810,7 +828,7 @@ def cli(argv) -> Args:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv)
+            args = tyro.cli(Args, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help
             sys.stdout.flush()
@@ -818,6 +836,10 @@ def cli(argv) -> Args:
         lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # title, message, rule, help
         text = dropwhile(lambda line: not line.strip("─-"), lines)
         raise UserError(" ".join(takewhile(lambda line: line.strip("─-"), text))) from None
+    for key, x in vars(args).items():
+        if x == "":  # --resume "$RUN", say, where RUN is not set
+            raise UserError(f"--{key.replace('_', '-')} is empty")
+    return args
 
 
 # Flags about this process, which may change with --resume; and the script's flags that only the launcher sets.
@@ -884,9 +906,9 @@ def main(argv=None) -> int:
             say(f"to go on:    python {SCRIPT}.py {shlex.join(['--resume', *(x for x in argv if x != '--resume')])}")
         elif result["leg"]:
             say(f"to evaluate: python {args.script} --evaluate {result['best']}")
-        print(json.dumps(result), flush=True)
+        show(json.dumps(result), sys.stdout)
         return 128 + result["signal"] if result["signal"] else 0
-    except BrokenPipeError:  # `| head -1` has read enough
+    except BrokenPipeError:  # `--help | head -1` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, RunFailed, OSError) as error:

@@ -767,14 +767,14 @@ def load_checkpoint(path, env_id=None, agent=None):
 
 
 def lock(file):
-    """Raises BlockingIOError if another process holds it."""
+    """Keep other processes out. Raises BlockingIOError if one of them was first."""
     try:
         import fcntl  # Windows has none
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         if isinstance(error, BlockingIOError):
-            raise  # and else this file system has no locks
+            raise  # any other error: this file system has no locks, and we do without
 
 
 class Run(contextlib.ExitStack):

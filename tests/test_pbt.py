@@ -109,7 +109,7 @@ def test_defaults():
     ours = {"total_timesteps": 1_000_000, "population": 8, "interval": 50_000, "mutate": [], "seed": 1, "warmup": 0}
     ours |= {"score": "training", "eval_episodes": 10, "min_gap": 0.0, "mode": "sync", "replay": None, "resume": False}
     process = {"schedule": [], "run_dir": "pbt", "env_id": None, "script": TOY, "script_flags": [], "slots": 2}
-    process |= {"gpus": "", "leg_timeout": 14400.0, "executor": "local", "ray_address": None, "num_cpus": 1.0}
+    process |= {"gpus": None, "leg_timeout": 14400.0, "executor": "local", "ray_address": None, "num_cpus": 1.0}
     process |= {"num_gpus": 0.0}
     assert vars(pbt.Args(TOY)) == ray | ours | process
 
@@ -796,6 +796,7 @@ MISTAKES = [
     (["--num-gpus", "1"], "--num-gpus goes with --executor ray"),
     (["--executor", "ray", "--gpus", "0"], "--gpus goes with --executor local"),
     (["--mutate", "units:int:0:1e30"], "--mutate units:int:0:1e30: expected NAME"),
+    (["--env-id", ""], "--env-id is empty"),
     (["--resume"], "holds no population"),
     (["--replay", "nowhere"], "nowhere holds no population"),
     (["--mutate", "no_such:lin:0:1"], "toy_script.py: unrecognized arguments: --no-such="),
