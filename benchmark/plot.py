@@ -6,13 +6,13 @@
     python benchmark/plot.py notes              # one TRPO step, by the scripts' own functions (a minute)
     python benchmark/plot.py pbt                # Population Based Training against random search
     python benchmark/plot.py selfplay           # how strong self-play is, and what each of its parts does
-    python benchmark/plot.py agreement          # how far batches agree on TRPO's next step
     python benchmark/plot.py runs RUN ...       # run folders of your own: runs.png
     python benchmark/plot.py film RUN RUN RUN   # the looping picture of the first page, from three run folders
 
 The intervals of ppo-table1 and pbt need scipy: pip install -r benchmark/requirements.txt
 """
 
+import argparse
 import csv
 import gzip
 import importlib
@@ -450,82 +450,26 @@ def selfplay(results):
     return "\n".join(lines)
 
 
-def direction_agreement(trpo, folder, seeds=range(6)):
-    """How far batches of one policy, one batch for each seed, agree on where to go: the mean correlation of their
-    natural gradients, x'Fy / sqrt(x'Fx y'Fy) with F y = the other batch's gradient. 1: no noise; 0: only noise."""
-    import torch
-    from torch.nn.utils import parameters_to_vector
-
-    checkpoint = trpo.load_checkpoint(folder)
-    args, found = trpo.Args(**checkpoint["args"] | {"num_workers": 0}), []
-    env = trpo.make_env(args.env_id)
-    agent = trpo.Agent(env.observation_space.shape[0], env.action_space)
-    agent.load_state_dict(checkpoint["agent"])
-    theta = parameters_to_vector(trpo.policy_part(agent).values()).detach()
-    with trpo.Actors(args, agent) as actors:
-        for seed in seeds:
-            torch.manual_seed(seed)
-            actors.collect(agent, seed=(seed, 0))
-            rollout = actors.collect(agent)  # the second one, since in training most episodes are under way, too
-            data = trpo.make_batch(agent, rollout, args.gamma, args.gae_lambda)
-            data["advantage"] -= data["advantage"].mean()
-            found.append(trpo.natural_gradient(agent, theta, data, args)[1:3])
-    size = [(g @ x).sqrt() for g, x in found]
-    pairs = [(i, j) for i in range(len(found)) for j in range(len(found)) if i != j]
-    return statistics.fmean((found[i][0] @ found[j][1] / (size[i] * size[j])).item() for i, j in pairs)
-
-
-def agreement():
-    """InvertedDoublePendulum-v4 beside Hopper-v4, seed 101: above, TRPO's return; below, how far batches agree on the
-    next step's direction. Trains what agreement.json lacks."""
-    path, envs = RESULTS / "agreement.json", ("InvertedDoublePendulum-v4", "Hopper-v4")
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    for env in envs:
-        if env not in stored:
-            stored[env] = measured_agreement(env)
-            path.write_text(json.dumps(stored, indent=1) + "\n")
-    figure, axes = plt.subplots(2, 2, figsize=(9, 4.6), sharex=True, layout="constrained")
-    for column, env in zip(axes.T, envs, strict=True):
-        steps, returns, directions = zip(*stored[env], strict=True)
-        column[0].plot(np.array(steps) / 1000, returns)
-        column[0].set(title=env)
-        column[1].plot(np.array(steps) / 1000, directions, "C1")
-        column[1].axhline(0, color="0.7", lw=0.8)
-        column[1].set(xlabel="thousand environment steps", ylim=(-0.2, 1))
-    axes[0, 0].set(ylabel="return")
-    axes[1, 0].set(ylabel="agreement of batches")
-    figure.savefig(IMAGES / "agreement.png", dpi=110)
-
-
-def measured_agreement(env):
-    """(steps, return, agreement) at every 20 480 steps; some ten minutes of one core."""
-    trpo, points, folder = importlib.import_module("trpo_continuous"), [], ROOT / f"runs/agreement/{env}"
-    for stop in range(20_480, 409_601, 20_480):
-        begun = (folder / "checkpoint.pt").exists()
-        flags = ["--resume", folder] if begun else ["--env-id", env, "--seed", 101, "--run-dir", folder]
-        argv = map(str, [*flags, "--num-workers", 0, "--no-compile", "--stop-at-step", stop])
-        summary = trpo.train(trpo.parse_args(list(argv)))
-        points.append((stop, summary["episodic_return"], direction_agreement(trpo, folder)))
-    return points
-
-
 def main():
     names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film, "runs": runs}
-    names |= {"agreement": agreement}
-    name, *folders = sys.argv[1:] or [None]
     tables = {"pbt": populations, "selfplay": selfplay}
-    if name not in {*names, *STUDIES, *tables} or bool(folders) != (name in ("film", "runs")):
-        known = " | ".join([*names, *STUDIES, *tables])
-        sys.exit(f"usage: python benchmark/plot.py [{known}], film and runs with run folders")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[*names, *STUDIES, *tables], metavar="NAME", help="what to draw: see above")
+    parser.add_argument("folders", nargs="*", metavar="RUN", help="run folders, for film and runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where a study's data are")
+    args = parser.parse_args()
+    name, results = args.name, args.results
+    if bool(args.folders) != (name in ("film", "runs")):
+        parser.error("film and runs take run folders, the others none")
     if name in names:
-        names[name](*folders)
+        names[name](*args.folders)
         return
-    text = tables[name](RESULTS) if name in tables else table(name, RESULTS)
-    (RESULTS / f"{name}.md").write_text(text + "\n")
-    if (RESULTS / f"{name}.fresh.csv").exists():
-        (RESULTS / f"{name}.fresh.md").write_text(fresh_table(name, RESULTS) + "\n")
+    text = tables[name](results) if name in tables else table(name, results)
+    (results / f"{name}.md").write_text(text + "\n")
+    if (results / f"{name}.fresh.csv").exists():
+        (results / f"{name}.fresh.md").write_text(fresh_table(name, results) + "\n")
     if name in STUDIES:
-        curves(name, RESULTS)
+        curves(name, results)
     print(text)
 
 

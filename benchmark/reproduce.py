@@ -444,8 +444,9 @@ def populations(env, steps, repetitions, slots, results, folder):
     number of environment steps. Of each population, the best member on 50 fresh episodes with the mean action. Then, to
     tell a good schedule from a lucky member, new seeds for three ways to train alone: with the schedule of PBT's winner
     (--replay), with the constant setting of random search's winner, and with the script's default flags."""
-    rows = []
-    for repetition in range(repetitions):
+    path = results / f"pbt_{env}_{steps}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for repetition in range(len(rows), repetitions):
         seed, folders = 1000 * (repetition + 1), {}  # members' seeds count up from it
         row = {"repetition": repetition, "population": POPULATION, "total_timesteps": steps}
 
@@ -469,7 +470,7 @@ def populations(env, steps, repetitions, slots, results, folder):
         for arm, (flags, script_flags) in alone.items():
             row[arm] = final_returns(train(arm, seed + 100, REPLAYS, *flags, script_flags=script_flags))
         rows.append(row)
-        (results / f"pbt_{env}_{steps}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main():

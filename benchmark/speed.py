@@ -13,7 +13,7 @@ minibatches; TRPO 10 conjugate-gradient iterations on all states and 20 critic e
 contenders take turns, `--repeats` times, so that a noisy neighbour disturbs all of them; the table has the medians.
 Steady state is the rate over all iterations but the first five. Start-up is what the process took beyond all its
 iterations at that rate. The baselines run in a virtual environment of their own, made here on first use (.venv-sb3).
-Quiet cores are up to you.
+Quiet cores are up to you. `--results benchmark/results` stores the numbers, to which tests then hold docs/speed.md.
 
 `pbt`: 4 members x 5 legs of 2 s in 2 slots, so 20 s if nothing else took time. pbt_launcher.py and Ray Tune's
 PopulationBasedTraining (pip install "ray[tune]==2.60.0") with its function API and with its class API (reset_config and
@@ -164,8 +164,8 @@ class Contenders:
         }
 
 
-def beside_baselines(group, steps, repeats):
-    """The table of one group of contenders, and benchmark/results/speed_GROUP.json."""
+def beside_baselines(group, steps, repeats, folder):
+    """The table of one group of contenders, and its numbers in folder/speed_GROUP.json, if there is a folder."""
     sb3_python = ROOT / ".venv-sb3/bin/python"
     if group != "teams" and not sb3_python.exists():
         subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-sb3"], check=True)
@@ -195,13 +195,13 @@ def beside_baselines(group, steps, repeats):
         for key in ("startup_s", "memory_mb"):
             line += f" {statistics.median(r[key] for r in rows):.0f} |" if key in rows[0] else " |"
         print(line)
-    save(group, results)
+    save(group, results, folder)
 
 
 # ---- collecting ------------------------------------------------------------------------------------------------------
 
 
-def workers(rollouts):
+def workers(rollouts, folder):
     """Milliseconds of a rollout in one process and in one for each core, taking turns within this program; beside them
     the same for independent processes, which share nothing: what the machine gives."""
     import ppo_clip as script
@@ -234,11 +234,13 @@ def workers(rollouts):
     print(f"independent processes: {factor:.2f} x; collecting reaches {one / many / factor:.0%} of that")
     own = statistics.median(own) * 1e3
     print(f"the parent's time beyond its own environments: {own:.1f} ms a rollout (with waiting)")
-    save("workers", {"one_ms": one, "many_ms": many, "processes": script.CORES, "independent": factor, "own_ms": own})
+    found = {"one_ms": one, "many_ms": many, "processes": script.CORES, "independent": factor, "own_ms": own}
+    save("workers", found, folder)
 
 
-def save(name, results):
-    (ROOT / f"benchmark/results/speed_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+def save(name, results, folder):
+    if folder:
+        (folder / f"speed_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 # ---- a minibatch -----------------------------------------------------------------------------------------------------
@@ -298,12 +300,12 @@ def microseconds(mode, M=64, B=2048):
     return milliseconds(run, 1 if "eager" in mode else 10) / (B // M) * 1e3
 
 
-def update():
+def update(folder):
     torch.set_num_threads(1)
     results = {mode: microseconds(mode) for mode in ("CPU, eager", "CPU, compiled, call by call", "CPU, compiled")}
     for mode, x in results.items():
         print(f"ppo_clip.py, a minibatch of 64, {mode}: {x:.0f} us")
-    save("update", results)
+    save("update", results, folder)
 
 
 # ---- populations -----------------------------------------------------------------------------------------------------
@@ -418,8 +420,8 @@ def seconds(command):
     return time.perf_counter() - start
 
 
-def population(repeats):
-    """What a population costs beyond its work."""
+def population(repeats, stored):
+    """What a population costs beyond its work. stored: the folder for the result, or None."""
     folder, results = Path(tempfile.mkdtemp()), {}
     (folder / "work.py").write_text(SCRIPT)
     (folder / "tune.py").write_text(TUNE)
@@ -437,8 +439,9 @@ def population(repeats):
             print(f"{repeat + 1}/{repeats} {name}: {results[name][-1]:.1f} s", file=sys.stderr)
     text = population_table(results)
     print(text)
-    (ROOT / "benchmark/results/pbt_overhead.json").write_text(json.dumps(results, indent=1) + "\n")
-    (ROOT / "benchmark/results/pbt_overhead.md").write_text(text + "\n")
+    if stored:
+        (stored / "pbt_overhead.json").write_text(json.dumps(results, indent=1) + "\n")
+        (stored / "pbt_overhead.md").write_text(text + "\n")
 
 
 def population_table(results):
@@ -574,17 +577,18 @@ def main():
     parser.add_argument("--env-id", default="Hopper-v4", help="with gpu")
     parser.add_argument("--seconds", type=float, default=290, help="with gpu: no row is started after this")
     parser.add_argument("--only", default="", help="with gpu: rows whose name contains this")
+    parser.add_argument("--results", type=Path, help="write the numbers into this folder, too")
     args = parser.parse_args()
     if args.group == "workers":
-        workers(rollouts=40)
+        workers(40, args.results)
     elif args.group == "update":
-        update()
+        update(args.results)
     elif args.group == "pbt":
-        population(args.repeats)
+        population(args.repeats, args.results)
     elif args.group == "gpu":
         gpu(args.env_id, args.seconds, args.only)
     else:
-        beside_baselines(args.group, args.steps, args.repeats)
+        beside_baselines(args.group, args.steps, args.repeats, args.results)
 
 
 if __name__ == "__main__":

@@ -210,17 +210,6 @@ def test_hoppers_first_steps():
     assert f"{text} and the mean was {statistics.fmean(before):.0f}" in page("results.md")
 
 
-def test_agreement_of_batches():
-    doubles, hopper = (stored("agreement")[env] for env in ("InvertedDoublePendulum-v4", "Hopper-v4"))
-    first, later = ([x for step, _, x in doubles if (step < 80_000) == early] for early in (True, False))
-    text = f"At first the batches agree, {first[0]:.2f} to {first[-1]:.2f}. From 80 000 steps on they agree by "
-    text += f"{statistics.fmean(later):.2f} on average ({len(later)} values from {min(later):.2f} to {max(later):.2f})"
-    assert text in page("results.md")
-    early, late = ([x for step, _, x in hopper if (step <= 102_400) == first] for first in (True, False))
-    text = f"Hopper's batches agree by {min(early):.2f} to {max(early):.2f} up to 102 400 steps and by"
-    assert f"{text} {statistics.fmean(late):.2f} on average later" in page("results.md")
-
-
 def test_scripts_say_what_to_expect():
     """The docstrings' ranges are those of the stored seeds, outwards to whole hundreds."""
     for script in ("ppo_clip", "ppo_klpen", "trpo_continuous"):

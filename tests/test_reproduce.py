@@ -243,11 +243,3 @@ def test_run_folders_of_ones_own_are_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plot.runs("a", "b", "c")
     assert (tmp_path / "runs.png").stat().st_size > 5000
-
-
-def test_equal_batches_agree(tmp_path):
-    trpo = importlib.import_module("trpo_continuous")
-    flags = ["--env-id", "Pendulum-v1", "--num-envs", "4", "--num-steps", "64", "--total-timesteps", "256"]
-    trpo.train(trpo.parse_args([*flags, "--num-workers", "0", "--run-dir", str(tmp_path / "run")]))
-    assert plot.direction_agreement(trpo, tmp_path / "run", (7, 7)) == pytest.approx(1, abs=0.02)  # CG is not exact
-    assert plot.direction_agreement(trpo, tmp_path / "run", (7, 8, 9)) < 0.9
