@@ -7,52 +7,53 @@
 
 A policy pi(a|s) gives a probability to every action. The advantage A_t says how much better an action turned out than
 the policy's average action in that state. The ratio r_t = pi(a_t|s_t) / pi_old(a_t|s_t) reweights what pi_old collected
-as if pi had chosen the actions. So L = mean[ r_t A_t ], the surrogate, judges a policy pi that has never acted. Its
-gradient at pi_old is the policy gradient.
+as if pi had chosen the actions. So the surrogate L = mean[ r_t A_t ] judges a policy pi that has never acted. At pi_old
+its gradient is the policy gradient.
 
-Why a trust region. L knows only the states that pi_old came to. The more pi differs, the more it comes to others, and
-the less L is worth. So look for the best policy near pi_old:
+Why a trust region. L knows only the states that pi_old came to. The more pi differs, the more often it comes to others,
+and the less L is worth. So TRPO looks for the best policy near pi_old:
 
     maximise   L(theta) = mean[ r_t A_t ]
     subject to mean[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= max_kl                                         TRPO eq. (14)
 
-Why the KL divergence. "Near" has to mean that both policies act alike, and a distance between parameters does not
-measure that. To move the mean action by 0.1 is nothing if the standard deviation is 1, and everything if it is 0.01.
-The KL compares the distributions themselves, in every state, whatever parameters describe them.
+Why the KL divergence. Two policies are near each other if they act alike. A distance between parameters does not
+measure that: moving the mean action by 0.1 is nothing if the standard deviation is 1, and everything if it is 0.01.
+The KL compares the distributions themselves, whatever parameters describe them.
 
-Why the natural gradient. Let g be L's gradient at pi_old and s a short step. L rises by about g's. The KL and its
-gradient are 0 there, so it rises by about 0.5 s'Fs, where F, its second derivative, is the Fisher matrix. Of all steps
-that cost the same KL, those along x = F^-1 g raise L most. A step a x costs 0.5 a^2 x'Fx, so the longest one allowed is
+Why the natural gradient. Let g be L's gradient at pi_old. A short step s raises L by about g's. It raises the mean KL,
+which has no slope at pi_old, by about 0.5 s'Fs. F, the KL's second derivative, is the Fisher matrix. Of all steps with
+the same KL, those along x = F^-1 g raise L most. The longest one allowed has 0.5 s'Fs = max_kl:
 
     s = sqrt(2 max_kl / x'Fx) x
 
 F has a row and a column for every parameter and is never formed: conjugate gradients solve F x = g from products F v.
 
-Why a line search is still needed. Both approximations hold only nearby. So s, c s, c^2 s, ... are tried on the true L
-and the true KL, and the first that raises L within the bound is taken. If none does, nothing moves.
+Why a line search. Both approximations hold only nearby. So s, c s, c^2 s, ... are tried on the true L and the true KL.
+The first that raises L and keeps the bound is taken. If none does, the policy stays as it is.
 
 Three forms:
 - Constrained, mean KL (the default): as above. One chooses how far the policy moves.
-- Constrained, maximum KL (--kl-constraint max): the KL of every state of the batch stays within max_kl. This is nearer
-  to the theory, but a heuristic: other states are not looked at, and the direction is still the mean KL's.
+- Constrained, maximum KL (--kl-constraint max): max_kl bounds the KL in every state of the batch. This is nearer to the
+  theory, but still a heuristic: it looks at no other states, and its direction is the mean KL's.
 - Penalised (--form penalized): maximise L - beta * mean KL. The step is x / beta, and L - beta * KL has to rise. One
-  chooses the price of the KL, and the gradient decides how far the policy moves; an adaptive beta doubles and halves
+  chooses the price of the KL, and the gradient decides how far the policy moves. An adaptive beta doubles and halves
   to keep the KL near max_kl. At `beta_star` = sqrt(x'Fx / (2 max_kl)) the full step is that of the first form.
 
-No form guarantees that the return rises. Theorem 1's penalty would. Its L is a discounted sum over time, 1 / (1-gamma)
-times a mean like ours; so for our L it is 4 max|A| gamma / (1-gamma) times the largest KL. With normalised advantages
-that is 800 and more, where beta_star, which weighs the far smaller mean KL, is 1 to 3: steps would be too small to see.
-This is why the paper sets a bound instead.
+No form guarantees that the return rises. Theorem 1's penalty would: 4 max|A| gamma / (1-gamma) times the largest KL.
+(The paper has another 1 / (1-gamma), since its L is a sum over time, not a mean.) With normalised advantages the factor
+is 800 and more, where beta_star, which weighs the far smaller mean KL, is 1 to 3. Steps would be too small to see, so
+the paper sets a bound instead.
 
 Departures from the paper:
-- Advantages come from a critic (GAE), which is fitted after the policy's step; the paper used returns alone.
+- Advantages come from a critic (GAE), which is fitted after the policy's step. The paper used returns alone.
 - F is damped (F + 0.1 I), since on one batch it is nearly singular. So a full step has less KL than max_kl, by design.
-- Observations and rewards are scaled by running statistics, layers start orthogonal: parts of "TRPO+" (Engstrom et al.
-  2020). Advantages are normalised over the batch, too.
-- A run has 489 iterations of 8 environments x 256 steps; the paper had 200 of 50 000 steps and more. With so few steps
-  its max_kl of 0.01 is a little slow: here it is 0.02.
+- Observations and rewards are scaled by running statistics, and layers start orthogonal: parts of "TRPO+" (Engstrom et
+  al. 2020). Advantages are normalised over the batch.
+- A run has 489 iterations of 8 environments x 256 steps. The paper had 200, of 50 000 steps and more. In so short a
+  run its max_kl of 0.01 is a little slow: here it is 0.02.
 - gamma is 0.995, as in the first author's code. With the paper's 0.99 a hopper runs faster and falls sooner: 1884 on
-  average of five seeds, not 3072 of ten (but Walker2d 3648, not 3087). The five are runs of an older script.
+  average of five seeds, not 3072 of ten (but Walker2d 3648, not 3087). The five are runs of an older script; with this
+  one four other seeds averaged 2450.
 
     python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: about two minutes
     python trpo_continuous.py --kl-constraint max --max-kl 0.2                # bounds the largest KL, not the mean
@@ -244,7 +245,7 @@ class Agent(nn.Module):
         return function(self, *args)
 
 
-# ==== TRPO in the order in which it happens: collect (PPO's Algorithm 1 has the lines), advantages, policy, critic ====
+# ==== TRPO in the order in which it happens: collect (PPO's Algorithm 1, line 3), advantages, policy, critic ==========
 
 
 class Environments:
@@ -335,8 +336,7 @@ def make_batch(agent, rollout, gamma, gae_lambda):
 
 
 def policy_part(agent):
-    """The parameters that the policy's step moves, by name: those of the mean and of the standard deviation, nothing of
-    the critic."""
+    """The parameters that the policy's step moves, by name: mean and standard deviation, nothing of the critic."""
     return {n: p for n, p in agent.named_parameters() if p.requires_grad and not n.startswith("critic.")}
 
 
@@ -349,27 +349,27 @@ def policy_parameters_at(agent, theta, obs):
 
 def surrogate_and_kl(agent, theta, data):
     """mean[ r A ] (TRPO eq. 14) at theta, a scalar, and KL(old||new) in nats in each of the batch's states (B,)."""
-    old, new = data["old_policy"], policy_parameters_at(agent, theta, data["obs"])
-    old, new = agent.distribution(old), agent.distribution(new)
+    old = agent.distribution(data["old_policy"])
+    new = agent.distribution(policy_parameters_at(agent, theta, data["obs"]))
     ratio = (new.log_prob(data["action"]) - data["logprob"]).exp()
     return (ratio * data["advantage"]).mean(), kl_divergence(old, new)
 
 
 def fisher_product(agent, theta, obs, damping):
-    """The map v -> F v + damping v on vectors (K,), where F, the Fisher matrix of the policy at theta, is the second
-    derivative of the mean KL (TRPO App. C).
+    """The map v -> F v + damping v on vectors (K,). F, the second derivative of the mean KL at theta, is the Fisher
+    matrix of the policy (TRPO App. C).
 
     In one state the policy is a Gaussian, described by P numbers: means and log standard deviations. The Fisher matrix
     in these numbers is M = diag(1/std^2, 2). They depend on theta through the network, with derivative J (P x K). So
 
         F = mean over states of J'MJ
 
-    without second derivatives of the network: the KL's gradient, which they would be multiplied by, is 0 at theta. And
-    v'Fv, the mean of |M^(1/2) J v|^2, is never negative. It is 0 if v changes no state's policy; hence the damping.
+    The network's second derivatives do not matter: the KL's gradient, their factor, is 0 at theta. And v'Fv, the mean
+    of |M^(1/2) J v|^2, is never negative. It is 0 if v changes the policy in no state; hence the damping.
     """
     parameters, Jt = torch.func.vjp(lambda theta: policy_parameters_at(agent, theta, obs), theta)  # (B, P), u -> J'u
-    # u -> J'u is linear, so its own vector-Jacobian product is v -> J v. F v takes 1.4 ms so; by torch.func.jvp, which
-    # evaluates the network anew for every v, 2.9, and by differentiating the KL twice 2.4.
+    # u -> J'u is linear, so its own vector-Jacobian product is v -> J v. F v takes 1.4 ms so. It takes 2.9 ms with
+    # torch.func.jvp, which evaluates the network anew for every v, and 2.4 ms if the KL is differentiated twice.
     _, J = torch.func.vjp(lambda u: Jt(u)[0], torch.zeros_like(parameters))
     log_std = parameters.chunk(2, -1)[1]
     M = torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2.0)], -1) / len(obs)  # the diagonals (B, P)
@@ -380,9 +380,9 @@ def conjugate_gradient(product, b, iters, tolerance=1e-10):
     """Solve F x = b for a symmetric positive definite F, given v -> F v (Hestenes and Stiefel 1952). Returns x and the
     residual r = b - F x.
 
-    Each step goes along p as far as is best. The directions are conjugate, p'Fq = 0, so a later step never spoils what
-    an earlier one has gained, and a few steps do where F has thousands of rows. It ends at |r|^2 <= tolerance |b|^2.
-    With tolerance None it never looks at a number, which a CUDA graph could not: all steps are made."""
+    At the solution 0.5 x'Fx - b'x is least. Each step goes along p to the lowest point. The directions are conjugate,
+    p'Fq = 0, so no step spoils what an earlier one has gained, and a few come close even if F has thousands of rows.
+    It ends once |r|^2 <= tolerance |b|^2. With tolerance None, which a CUDA graph needs, it makes all steps."""
     tiny = torch.finfo(b.dtype).tiny  # with r = 0, x and p stay as they are; 0 / 0 would make them nan
     x, r, p = torch.zeros_like(b), b, b
     rr = bb = b @ b
@@ -402,34 +402,29 @@ def natural_gradient(agent, theta, data, args):
     g, surrogate = torch.func.grad_and_value(lambda theta: surrogate_and_kl(agent, theta, data)[0])(theta)
     # The states of consecutive steps resemble each other, so every k-th step is enough for F. (T, N, D) -> (T/k * N, D)
     obs = data["obs"].unflatten(0, (-1, args.num_envs))[:: args.fvp_subsample].flatten(0, 1)
-    product, tolerance = fisher_product(agent, theta, obs, args.cg_damping), None if args.cuda else 1e-10
-    return surrogate, g, *conjugate_gradient(product, g, args.cg_iters, tolerance)
+    product = fisher_product(agent, theta, obs, args.cg_damping)
+    return surrogate, g, *conjugate_gradient(product, g, args.cg_iters, None if args.cuda else 1e-10)
 
 
 def scaled_to_max_kl(look, theta, step, max_kl):
-    """Scale the step so that the largest KL of any state in the batch is max_kl. The KL grows roughly with the square
-    of the step, so two corrections are enough. 1 % less, or rounding could cost a whole factor of the line search."""
-    old_theta = theta.clone()
+    """Scale the step so that the batch's largest KL is max_kl. The KL grows roughly with the square of the step, so two
+    corrections are enough. 1 % is left out, or rounding could cost a whole factor of the line search."""
     for _ in range(2):
-        theta.copy_(old_theta + step)
-        step = step * (max_kl / look()[1].max()).sqrt()
-    theta.copy_(old_theta)
+        step = step * (max_kl / look(theta + step)[1].max()).sqrt()
     return 0.99 * step
 
 
 def line_search(look, theta, step, old_surrogate, beta, args):
-    """Move theta by the first acceptable of step, c step, c^2 step, ..., or not at all (App. C). Returns a report and
-    that candidate's index j (-1: none). The report has the mean kl and largest kl_max over states of KL(old||new), and
-    the surrogate's improvement; zeros if nothing moved."""
-    old_theta = theta.clone()
+    """Find the first acceptable one of theta + step, theta + c step, theta + c^2 step, ... (App. C). Returns it, a
+    report, and its index j; if there is none, theta, zeros, and -1. The report has the mean kl and the largest kl_max
+    over states of KL(old||new), and the surrogate's improvement."""
     for j in range(args.backtrack_iters):
-        theta.copy_(old_theta + args.backtrack_coeff**j * step)
-        surrogate, kl = look()
+        candidate = theta + args.backtrack_coeff**j * step
+        surrogate, kl = look(candidate)
         report = {"kl": kl.mean().item(), "kl_max": kl.max().item(), "improvement": (surrogate - old_surrogate).item()}
         if acceptable(report, beta, args):
-            return report, j
-    theta.copy_(old_theta)
-    return dict.fromkeys(report, 0.0), -1
+            return candidate, report, j
+    return theta, dict.fromkeys(report, 0.0), -1
 
 
 def acceptable(report, beta, args):
@@ -443,10 +438,9 @@ def acceptable(report, beta, args):
 @torch.no_grad()
 def policy_step(theta, solve, look, beta, args):
     """One step of TRPO on the whole batch (its section 6 and App. C). It moves theta (K,), of which the policy's
-    parameters are parts. solve() and look() are natural_gradient and surrogate_and_kl at theta. Returns what is logged,
-    by name: docs/trpo_continuous.md says what the names mean."""
-    # The direction.
-    old_theta = theta.clone()
+    parameters are parts. solve() is natural_gradient at theta, look(candidate) surrogate_and_kl at a candidate (K,).
+    Returns what is logged, by name: docs/trpo_continuous.md says what the names mean."""
+    # The direction x = F^-1 g.
     old_surrogate, g, x, residual = solve()
 
     # The length. x'Fx = x'(g - residual). Without a gradient it is 0, and the step nan, which is never acceptable.
@@ -456,9 +450,9 @@ def policy_step(theta, solve, look, beta, args):
         step = scaled_to_max_kl(look, theta, step, args.max_kl)
 
     # The line search.
-    report, j = line_search(look, theta, step, old_surrogate, beta, args)
-
-    promised, gradient_norm = (g @ (theta - old_theta)).item(), g.norm().item()
+    new_theta, report, j = line_search(look, theta, step, old_surrogate, beta, args)
+    promised, gradient_norm = (g @ (new_theta - theta)).item(), g.norm().item()
+    theta.copy_(new_theta)
     return report | {
         "line_search_step": j,
         "improvement_ratio": report["improvement"] / (promised or 1.0),  # 0, not 0 / 0, if nothing moved
@@ -863,20 +857,23 @@ class CudaGraph:
         return self.result
 
 
-def recorded(args, function):
-    """The function or, on a GPU, a recording of it, which is one launch: a policy step takes 3 ms on an H100 instead of
-    36. See CudaGraph for what the function must not do."""
-    return CudaGraph(function) if args.cuda else function
-
-
 def functions_of_theta(agent, data, args):
-    """theta, all of policy_part as one vector, of which they are views from now on; and natural_gradient and
-    surrogate_and_kl at theta, as functions without arguments."""
-    policy = list(policy_part(agent).values())
+    """What policy_step needs: theta, all of policy_part as one vector, of which they are views from now on, and the
+    functions solve and look. On a GPU these are recordings, one launch each: a policy step takes 3 ms on an H100
+    instead of 36. See CudaGraph for what they must not do."""
+    policy = policy_part(agent).values()
     theta = parameters_to_vector(policy).detach()
     vector_to_parameters(theta, policy)
-    solve = recorded(args, lambda: natural_gradient(agent, theta, data, args))
-    return theta, solve, recorded(args, lambda: surrogate_and_kl(agent, theta, data))
+    recorded = CudaGraph if args.cuda else lambda function: function
+    solve = recorded(lambda: natural_gradient(agent, theta, data, args))
+    place = theta.clone()  # a recording looks at one place; each candidate is put there
+    look_there = recorded(lambda: surrogate_and_kl(agent, place, data))
+
+    def look(candidate):
+        place.copy_(candidate)
+        return look_there()
+
+    return theta, solve, look
 
 
 # ---- checkpoint, run folder, signals ---------------------------------------------------------------------------------
@@ -1105,16 +1102,6 @@ PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags abo
 EVALUATION = {"evaluate", "eval_episodes", "capture_video"}
 
 
-def ignored_flags(args):
-    """Flags that do nothing beside the others, and why."""
-    if args.form == "constrained":
-        return dict.fromkeys(("beta", "beta_schedule"), "goes with --form penalized")
-    ignored = {"kl_constraint": "goes with --form constrained"}
-    if args.beta_schedule == "fixed":
-        ignored["max_kl"] = "goes with --form constrained or --beta-schedule adaptive"
-    return ignored
-
-
 def parse_args(argv=None) -> Args:
     """The command line's Args; with --resume or --evaluate, flags that are not given keep the checkpoint's values."""
     argv = sys.argv[1:] if argv is None else argv
@@ -1128,7 +1115,13 @@ def parse_args(argv=None) -> Args:
     if args.evaluate:
         ignored = dict.fromkeys(given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate")
     else:
-        ignored = dict.fromkeys(EVALUATION, "goes with --evaluate") | ignored_flags(args)
+        ignored = dict.fromkeys(EVALUATION, "goes with --evaluate")
+        if args.form == "constrained":
+            ignored |= dict.fromkeys(("beta", "beta_schedule"), "goes with --form penalized")
+        else:
+            ignored["kl_constraint"] = "goes with --form constrained"
+            if args.beta_schedule == "fixed":
+                ignored["max_kl"] = "goes with --form constrained or --beta-schedule adaptive"
     for flag in sorted(given & ignored.keys()):
         raise UserError(f"--{flag.replace('_', '-')} {ignored[flag]}")
     return args
@@ -1136,8 +1129,7 @@ def parse_args(argv=None) -> Args:
 
 def check_args(args):
     """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
-    lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "cg_damping": 0, "fvp_subsample": 1}
-    lowest |= {"beta": 1e-4}
+    lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "cg_damping": 0, "beta": 1e-4}
     highest = {"gamma": 1, "gae_lambda": 1, "beta": 1e4, "fvp_subsample": args.num_steps}
     for key, x in vars(args).items():
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
@@ -1145,14 +1137,12 @@ def check_args(args):
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch = args.num_envs * args.num_steps
-    rules = {
-        f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
-        f"--backtrack-coeff {args.backtrack_coeff} must be smaller than 1": args.backtrack_coeff < 1,
-        f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
-    }
-    for message, holds in rules.items():
-        if not holds:
-            raise UserError(message)
+    if batch % args.num_minibatches:
+        raise UserError(f"{batch} samples do not divide into {args.num_minibatches} minibatches")
+    if args.backtrack_coeff >= 1:
+        raise UserError(f"--backtrack-coeff {args.backtrack_coeff} must be smaller than 1")
+    if args.total_timesteps < batch:
+        raise UserError(f"--total-timesteps is shorter than one iteration of {batch} steps")
     if args.cuda and not args.evaluate and not torch.cuda.is_available():
         raise UserError("--cuda: torch finds no CUDA device here")
     if args.compile and not args.evaluate and not can_compile():
