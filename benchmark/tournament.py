@@ -269,11 +269,15 @@ def main(argv=None):
     parser.add_argument("--games", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
+    if args.games < 1 or not 0 <= args.seed < 2**63:
+        parser.error("--games must be 1 or more, and --seed 0 or more")
     torch.set_num_threads(1)
     try:
         print(json.dumps(rate(args.run, args.opponent, args.games, args.seed)))
     except ma.UserError as error:
         parser.exit(2, f"tournament.py: {error}\n")
+    except ImportError as error:
+        parser.exit(2, f"tournament.py: {error}: see the top of this file for what to install\n")
 
 
 if __name__ == "__main__":

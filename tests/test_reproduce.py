@@ -243,3 +243,18 @@ def test_run_folders_of_ones_own_are_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plot.runs("a", "b", "c")
     assert (tmp_path / "runs.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("flags", [["--workers", "0"], ["--seeds", "0"], ["--steps", "-1"]])
+def test_numbers_that_cannot_work_are_refused(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "cartpole", *flags, "--results", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main()
+    assert stop.value.code == 2 and "must be 1 or more" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_populations_that_are_stored_are_not_run_again(tmp_path):
+    (tmp_path / "pbt_Hopper-v4_4096.json").write_text('[{"repetition": 0}]')
+    reproduce.populations("Hopper-v4", 4096, 1, 1, tmp_path, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

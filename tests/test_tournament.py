@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -156,3 +157,17 @@ def test_the_solver_knows_what_is_known(tournament):
     )
     values = tournament.solved(boards("012131"))[0]
     assert (values[[0, 2, 3, 4, 5, 6]] == -1).all()
+
+
+@pytest.mark.parametrize("flags", [["--games", "0"], ["--seed", "-1"], ["--seed", str(2**64)]])
+def test_games_and_seeds_that_cannot_be_are_refused(tournament, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tournament.main(["run", "random", *flags])
+    assert stop.value.code == 2 and "--games must be 1 or more" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named(tournament, run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitbully", None)
+    with pytest.raises(SystemExit) as stop:
+        tournament.main([str(run), "solver", "--games", "2"])
+    assert stop.value.code == 2 and "bitbully" in capsys.readouterr().err
