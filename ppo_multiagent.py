@@ -84,6 +84,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.func import functional_call
 from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.data import default_collate
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -362,76 +363,40 @@ def empty_rollout(team, world, T, N):
     return {key: torch.zeros(T, N, *shape, dtype=dtypes.get(key)) for key, shape in shapes.items()}
 
 
-class BuiltInEnvironments:
-    """A built-in world, N copies at once, and where its episodes stand between two rollouts."""
+class TeamEnvironments:
+    """Those of the N environments that one process runs, and where they stand between two rollouts."""
 
-    envs = ()  # nothing to close
-
-    def __init__(self, args, world, old_team, noise, world_noise, rollout):
-        self.world, self.old_team, self.rollout = world, old_team, rollout
-        self.noise, self.world_noise = noise, world_noise  # of the policies, of the world: random numbers for T steps
-        self.all_steps = CudaGraph(self.steps) if args.cuda else self.steps
-
-    def run(self, seeds=()):
-        """T steps of old_team in all environments, written into the rollout. With seeds (N,): begin new episodes."""
-        self.world_noise.copy_(self.world.noise(len(self.noise)))
-        if len(seeds):
-            self.world.reset(torch.Generator().manual_seed(int(seeds[0])))
-        self.all_steps()
-
-    @torch.no_grad()
-    def steps(self):
-        rollout, view = self.rollout, self.world.view()
-        for t, (noise, world_noise) in enumerate(zip(self.noise, self.world_noise)):
-            action = self.old_team.act(view["obs"], view["legal"], noise)
-            next_view, successor, reward, terminated, over = self.world.step(action, world_noise)
-            now = view | {f"next_{key}": x for key, x in successor.items()}
-            now |= {"action": action, "reward": reward, "terminated": terminated, "over": over}
-            for key, x in rollout.items():
-                x[t] = now[key]
-            view = next_view
-
-
-class ParallelEnvironments:
-    """Those of N PettingZoo environments that one process runs, and where they stand between two rollouts."""
-
-    def __init__(self, args, part, old_team, noise, rollout):
+    def __init__(self, args, part, old_team, noise, rollout, world=None):
         self.part = part  # their slice of range(N), n of them
         self.old_team, self.noise, self.rollout = old_team, noise, rollout  # in memory that all processes share
-        self.envs = [ParallelEnv(args) for _ in range(part.start, part.stop)]
-        self.view = {key: rollout[key][0, part].numpy().copy() for key in rollout if f"next_{key}" in rollout}
+        self.envs = () if world else [ParallelEnv(args) for _ in range(part.start, part.stop)]
+        self.world = world or ParallelEnvs(self.envs)
+        self.all_steps = CudaGraph(self.steps) if args.cuda and world else self.steps
 
-    def begin_episode(self, i, t, **seed):
-        self.at = self.part.start + i, t  # to be named if the environment fails
-        view, _ = self.envs[i].reset(**seed)
-        for key, x in self.view.items():
-            x[i] = view[key]
-
-    @torch.inference_mode()
     def run(self, seeds=()):
         """T steps of old_team in each environment, written into their columns of the rollout. With seeds (N,), all
         begin new episodes first."""
-        with named_failures(lambda: "environment {}, step {} of the rollout".format(*self.at)):
-            columns = {key: x.numpy()[:, self.part] for key, x in self.rollout.items()}  # views, (T, n, ...)
-            # NOTE: every process gives the policies all N rows, zeros where the environment is not its own. Matrices of
-            # another size may be rounded differently, and the number of processes must not change a run.
-            obs, legal = (torch.zeros_like(self.rollout[key][0]) for key in ("obs", "legal"))
-            for i, seed in enumerate(seeds[self.part]):
-                np.random.seed(int(seed))  # noqa: NPY002 (some environments draw from the global generator)
-                self.begin_episode(i, 0, seed=int(seed))
-            for t, noise in enumerate(self.noise):
-                now = {key: x[t] for key, x in columns.items()}
-                for key, x in self.view.items():
-                    now[key][:] = x
-                obs.numpy()[self.part], legal.numpy()[self.part] = self.view["obs"], self.view["legal"]
-                now["action"][:] = self.old_team.act(obs, legal, noise).numpy()[self.part]
-                for i, env in enumerate(self.envs):
-                    self.at = self.part.start + i, t
-                    successor, now["reward"][i], now["terminated"][i], now["over"][i], _ = env.step(now["action"][i])
-                    for key, x in self.view.items():
-                        x[i] = now[f"next_{key}"][i] = successor[key]
-                for i in np.flatnonzero(now["over"]):
-                    self.begin_episode(i, t)
+        self.t = 0
+        with named_failures(lambda: f"environment {self.part.start + self.world.at}, step {self.t} of the rollout"):
+            if len(seeds):
+                self.world.reset(seeds[self.part] if self.envs else torch.Generator().manual_seed(int(seeds[0])))
+            self.all_steps()
+
+    @torch.no_grad()
+    def steps(self):
+        # NOTE: every process gives the policies all N rows, zeros where the environment is not its own. Matrices of
+        # another size may be rounded differently, and the number of processes must not change a run.
+        obs, legal = (torch.zeros_like(self.rollout[key][0]) for key in ("obs", "legal"))
+        view = self.world.view()
+        for self.t, (noise, world_noise) in enumerate(zip(*self.noise)):
+            obs[self.part], legal[self.part] = view["obs"], view["legal"]
+            action = self.old_team.act(obs, legal, noise)[self.part]
+            next_view, successor, reward, terminated, over = self.world.step(action, world_noise)
+            now = view | {f"next_{key}": x for key, x in successor.items()}
+            now |= {"action": action, "reward": reward, "terminated": terminated, "over": over}
+            for key, x in self.rollout.items():
+                x[self.t, self.part] = now[key]
+            view = next_view
 
 
 # ==== Advantages, loss, update ========================================================================================
@@ -662,7 +627,7 @@ class SelfPlay:
     side sees the board from its own point of view. The reward is 1 for a win, -1 for a loss, also if the opponent's ply
     decides. Whoever did not make the last ply opens the next game: nobody has to pass, and the loser gets to begin."""
 
-    num_agents, HAND = 1, 8  # opponents that are met in one iteration
+    num_agents, at, HAND = 1, 0, 8  # HAND: opponents that are met in one iteration
 
     def __init__(self, game, args):
         self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
@@ -783,7 +748,7 @@ class SimpleSpread:
     """Three agents are to cover three landmarks without bumping into each other (Lowe et al. 2017). The same numbers as
     mpe2's simple_spread_v3, whose time limit is 25 steps. NOTE: not the MAPPO paper's: docs/multiagent.md converts."""
 
-    num_agents, obs_dim, state_dim, action_space, length = 3, 18, 54, gym.spaces.Discrete(5), 25
+    num_agents, obs_dim, state_dim, action_space, length, at = 3, 18, 54, gym.spaces.Discrete(5), 25, 0
 
     def __init__(self, num_envs, device):
         self.num_envs = num_envs
@@ -1026,6 +991,9 @@ class ParallelEnv(gym.Env):
         view["alive"] = np.array([name in self.env.agents for name in self.names], np.float32)
         return view
 
+    def noise(self, T):
+        return torch.zeros(T)  # its random numbers are its own affair
+
     def reset(self, seed=None, options=None):
         return self.pack(*self.env.reset(seed=seed)), {}
 
@@ -1051,6 +1019,35 @@ class ParallelEnv(gym.Env):
         self.env.close()
 
 
+class ParallelEnvs:
+    """ParallelEnvs, n of them, as one world whose tensors are on the CPU. They move one after the other."""
+
+    def __init__(self, envs):
+        self.envs, self.views = envs, [{}] * len(envs)
+
+    def begin_episode(self, i, **seed):
+        self.at = i  # to be named if the environment fails
+        self.views[i], _ = self.envs[i].reset(**seed)
+
+    def reset(self, seeds):
+        for i, seed in enumerate(seeds):
+            np.random.seed(int(seed))  # noqa: NPY002 (some environments draw from the global generator)
+            self.begin_episode(i, seed=int(seed))
+
+    def view(self):
+        return default_collate(self.views)  # stacked, as tensors
+
+    def step(self, action, noise):
+        results = []
+        for self.at, env in enumerate(self.envs):
+            results.append(env.step(action[self.at].numpy()))
+        self.views = [view for view, *_ in results]
+        successor, reward, terminated, over, _ = default_collate(results)
+        for i in np.flatnonzero(over):
+            self.begin_episode(i)
+        return self.view(), successor, reward, terminated, over
+
+
 def close(*envs):
     for env in envs:
         with contextlib.suppress(Exception):  # nothing depends on it any more
@@ -1058,7 +1055,7 @@ def close(*envs):
 
 
 def work_for_team(pipe, *args):
-    """A worker process: run ParallelEnvironments(*args) as often as the parent asks for it."""
+    """A worker process: run TeamEnvironments(*args) as often as the parent asks for it."""
     # The parent gets these signals, too, and finishes its iteration first. A program that an environment starts would
     # inherit SIG_IGN, and SIGTERM could not end it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1068,7 +1065,7 @@ def work_for_team(pipe, *args):
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         envs = ()
         try:
-            environments = ParallelEnvironments(*args)
+            environments = TeamEnvironments(*args)
             envs = environments.envs
             while (seeds := pipe.recv()) is not None:
                 pipe.send(environments.run(seeds))
@@ -1086,25 +1083,24 @@ class TeamActors:
     def __init__(self, args, world, team):
         T, N, built_in = args.num_steps, args.num_envs, not isinstance(world, ParallelEnv)
         device = torch.device("cuda" if args.cuda and built_in else "cpu")
-        self.old_team, self.noise = copy.deepcopy(team).to(device), team.noise(T, N).to(device)
+        self.world, self.old_team = world, copy.deepcopy(team).to(device)
+        self.noise = team.noise(T, N).to(device), world.noise(T).to(device)  # of the policies, of the world
         self.rollout = {key: x.to(device) for key, x in empty_rollout(team, world, T, N).items()}
         self.episodes, self.last = 0, deque(maxlen=100)  # last: (return, length) of the episodes that ended last
         self.running = torch.zeros(N, team.G + 1)  # returns of the episodes in flight, agent by agent, and their length
         self.ended = self.running[:0]  # the same of those that ended in this rollout
-        if built_in:
-            self.kind, world_noise = BuiltInEnvironments, world.noise(T).to(device)
-            self.parts = [(args, world, self.old_team, self.noise, world_noise, self.rollout)]
-            return
-        close(world)
-        self.old_team.share_memory()
-        shared = self.old_team, self.noise.share_memory_(), {k: x.share_memory_() for k, x in self.rollout.items()}
-        k = min(max(args.num_workers, 1), N)  # processes
-        self.kind = ParallelEnvironments
+        k = 1 if built_in else min(max(args.num_workers, 1), N)  # processes
+        shared = self.old_team, self.noise, self.rollout, world if built_in else None
         self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
+        if not built_in:
+            close(world)
+            self.old_team.share_memory()
+            for x in (*self.noise, *self.rollout.values()):
+                x.share_memory_()
 
     def __enter__(self):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.own, self.workers = self.kind(*self.parts[0]), []
+        self.own, self.workers = TeamEnvironments(*self.parts[0]), []
         try:
             for part in self.parts[1:]:
                 ours, theirs = context.Pipe()
@@ -1133,8 +1129,10 @@ class TeamActors:
     def collect(self, team, seed=None):
         """A rollout of the team as it is now. seed, a tuple of integers: begin new episodes first. Raises RunFailed."""
         self.old_team.load_state_dict(team.state_dict())
-        self.noise.copy_(team.noise(*self.noise.shape[:2]))
-        seeds = () if seed is None else np.random.SeedSequence(seed).generate_state(self.noise.shape[1]) >> 1
+        T, N = self.rollout["over"].shape
+        for x, new in zip(self.noise, (team.noise(T, N), self.world.noise(T))):
+            x.copy_(new)
+        seeds = () if seed is None else np.random.SeedSequence(seed).generate_state(N) >> 1
         try:
             for _, pipe in self.workers:
                 pipe.send(seeds)

@@ -73,7 +73,7 @@ def test_replayed_operations_are_the_run(name, tmp_path, monkeypatch):
     or waits for the device: rates and beta change all the time, and the replayed run is the same to a bit. The same
     holds for the rollouts of built-in worlds."""
     script, tapes, flags = importlib.import_module(name.split()[0]), [], [*SMALL, *FLAGS[name]]
-    on_device = "accelerated", "recorded", "functions_of_theta", "BuiltInEnvironments"
+    on_device = "accelerated", "recorded", "functions_of_theta", "TeamEnvironments"
     for function in on_device:  # as they are with --cuda, but for the device
         if original := getattr(script, function, None):
 
