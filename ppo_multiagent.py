@@ -15,22 +15,12 @@ What is special to several agents is where the advantages A_t^g come from, and w
 
     ippo       Independent learners. Agent g's critic sees what agent g sees: V(o^g).
     mappo      Agents that learn together and act apart. The critic sees the joint state: V(s, g). It is needed for
-               training only, so the policies pi(a^g | o^g) stay decentralised.
+               training only, so the policies pi(a^g|o^g) stay decentralised. With --critic-input state-actions it is
+               V(s, a^-g): agent g's critic also sees what the others do. Team.actions_of_others says why it may.
     selfplay   One policy plays both sides of a zero-sum game, against itself and against its own past.
 
-mappo and ippo differ in the critic's input and in nothing else. Agents share one network, which is told by a one-hot
-vector whom it speaks for; with --no-share-params each has networks, normalisers and a gradient norm of its own.
-
---critic-input state-actions shows agent g's critic the actions of the others, too: V(s, a^-g). What they did is then
-no longer noise in agent g's advantage. As a baseline, such a critic does not bias the policy gradient:
-
-    Let b be any function of s and a^-g, and let all agents draw independently, given s and the observations o.
-    E[ grad log pi(a^g|o^g) b(s, a^-g) ]
-      = E_{s,o} E_{a^-g|o} [ b(s, a^-g)  sum_{a^g} pi(a^g|o^g) grad log pi(a^g|o^g) ]      independence
-      = E_{s,o} E_{a^-g|o} [ b(s, a^-g)  grad sum_{a^g} pi(a^g|o^g) ]  =  0                since the sum is always 1
-    So subtracting b leaves the expected gradient as it is (the counterfactual baseline of COMA, Foerster et al. 2018).
-
-Agent g's own action must not be among its inputs: then b could not leave the sum, and the gradient would be biased.
+mappo and ippo differ in the critic's input and in nothing else. All agents share one network, which a one-hot vector
+tells whom it speaks for. With --no-share-params each has networks, normalisers and a gradient norm of its own.
 
 What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for what is not
 there. Left out are recurrence, layer norm, and the Huber loss and clipping of values. Three things differ on purpose:
@@ -149,27 +139,30 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 
 # ==== What a world is =================================================================================================
 #
-# A world is what the agents live in. Three kinds exist: SimpleSpread (cooperation) and SelfPlay (a game, seen by one of
-# its two players) are built in, and run N copies of themselves at once, as tensors. ParallelEnv wraps one PettingZoo
-# environment, of which processes run N. All say how much they show: num_agents G, obs_dim D, state_dim S, and
-# action_space, that of one agent (of the widest, if they differ; the others are padded).
+# A world is what the agents live in, N copies of it at once, as tensors. Three kinds exist. SimpleSpread (cooperation)
+# and SelfPlay (a game, seen by one of its two players) are built in, and move all copies together. PettingZoo holds
+# environments that others have written; they move one after the other. make_world makes what --env-id names.
 #
-# A view is what a world shows at one moment, a dict:
+# A world says how much it shows: num_agents G, obs_dim D, state_dim S, and action_space, that of one agent (of the
+# widest, if they differ; the others are padded). What it shows at one moment is a view, a dict:
 #     obs    (N, G, D)  what each agent sees
 #     state  (N, S)     what all of them know together, for MAPPO's critic
 #     legal  (N, G, A)  the actions that exist for an agent, and are allowed now
 #     alive  (N, G)     who takes part: in some worlds agents leave before the others
-# A built-in world has view(), reset(generator), noise(T), the random numbers of T steps, and
+# It has the methods view(), reset(generator), noise(T), the random numbers of T steps, and
 #     step(action, noise) -> view, successor, reward (N, G), terminated (N, G), over (N,)
 # `over` says where an episode has ended. There `view` is already the next episode's, `successor` what was seen last.
-# Nothing in a step moves in memory, depends on a number in Python or waits for the device, so that a CUDA graph can
-# hold T of them.
+#
+# In a step of a built-in world nothing moves in memory, depends on a number in Python or waits for the device, so that
+# a CUDA graph can hold T of them. PettingZoo's environments draw their own random numbers; reset gives each a seed.
+# `at` is the copy that moves just now, to be named if it fails.
 
 
 # ==== Policies and critics of a team ==================================================================================
 #
 # An agent's policy knows its own observation, because that is all that it will have when it acts. Critics only help to
-# learn, so they may know more.
+# learn, so they may know more. All agents are evaluated at once: tensors have a dimension G, and the networks of
+# several learners are stacked.
 
 
 class RunningMeanStd(nn.Module):
@@ -198,19 +191,21 @@ class RunningMeanStd(nn.Module):
 
 class StackedMLP(nn.Module):
     """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
-    P = 1: one for all G agents; P = G: one each. windows (W, K), if a world has any: W groups of K input indices, such
-    as the lines of a board. As in a convolution, the first layer reads every group with the same weights, an eighth of
-    `hidden` features each, so what is learned in one place is known in all."""
+    P = 1: one for all G agents; P = G: one each.
+
+    A world may have windows (W, K): W groups of K input indices, such as the lines of a board. The first layer then
+    reads every group with the same weights, as a convolution does, and has hidden/8 features for each. So what is
+    learned in one place is known in all."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
         self.register_buffer("windows", windows, persistent=False)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        ins, outs = [inputs, hidden, hidden], [hidden, hidden, outputs]
+        layers = [(inputs, hidden), (hidden, hidden), (hidden, outputs)]
         if windows is not None:
-            (W, K), narrow = windows.shape, math.ceil(hidden / 8)
-            ins[:2], outs[0] = (K, W * narrow), narrow
-        for n_in, n_out, gain in zip(ins, outs, (math.sqrt(2), math.sqrt(2), output_gain)):
+            (W, K), features = windows.shape, math.ceil(hidden / 8)
+            layers[:2] = (K, features), (W * features, hidden)
+        for (n_in, n_out), gain in zip(layers, (math.sqrt(2), math.sqrt(2), output_gain)):
             self.weights.append(torch.empty(P, n_in, n_out))
             self.biases.append(torch.zeros(P, 1, n_out))
             for weight in self.weights[-1]:
@@ -220,9 +215,10 @@ class StackedMLP(nn.Module):
         P, lead = len(self.weights[0]), x.shape[:-1]
         x = x.flatten(0, -2)[None] if P == 1 else x.flatten(0, -3).transpose(0, 1)  # (P, rows, inputs)
         if self.windows is not None:
-            x = x[..., self.windows]  # (P, rows, W, K): the first product is of rows * W rows
+            x = x[..., self.windows]  # (P, rows, W, K)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, (x.relu() if i else x).reshape(P, -1, weight.shape[1]), weight)
+            x = x.relu() if i else x
+            x = torch.baddbmm(bias, x.reshape(P, -1, weight.shape[1]), weight)  # first rows * W rows, then rows again
         return x.transpose(0, 1).reshape(*lead, x.shape[-1])
 
 
@@ -249,9 +245,9 @@ class Team(nn.Module):
         self.critic = StackedMLP(self.P, D[self.critic_sees] + ids, args.hidden_size, 1, 1.0, windows)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(self.P, A))  # the same in all states; ppo_clip.py says why
-        scaled = self.P if args.norm_obs else 0
-        self.obs_rms = nn.ModuleList(RunningMeanStd(world.obs_dim) for _ in range(scaled))
-        self.state_rms = nn.ModuleList(RunningMeanStd(world.state_dim) for _ in range(min(scaled, 1)))
+        scaled = args.norm_obs  # else the first two lists are empty
+        self.obs_rms = nn.ModuleList(RunningMeanStd(world.obs_dim) for _ in range(self.P * scaled))
+        self.state_rms = nn.ModuleList(RunningMeanStd(world.state_dim) for _ in range(scaled))
         self.value_rms = nn.ModuleList(RunningMeanStd() for _ in range(self.P))
 
     def scaled_obs(self, obs):  # (..., G, D), by each learner's own statistics
@@ -293,7 +289,18 @@ class Team(nn.Module):
         return self.critic(self.with_id(x)).squeeze(-1)
 
     def actions_of_others(self, action):
-        """All agents' actions (..., G) or (..., G, A), for each agent with zeros in place of its own. (..., G, GA)"""
+        """All agents' actions (..., G) or (..., G, A), for each agent with zeros in place of its own. (..., G, GA)
+
+        With them V(s, a^-g) knows what the others did, so that it is no longer noise in agent g's advantage. Nor does
+        it bias the policy gradient. Let b be any function of s and a^-g, and let all agents draw independently:
+
+            E[ grad log pi(a^g|o^g) b(s, a^-g) ]
+              = E_{s,o} E_{a^-g|o} [ b(s, a^-g)  sum_{a^g} pi(a^g|o^g) grad log pi(a^g|o^g) ]      independence
+              = E_{s,o} E_{a^-g|o} [ b(s, a^-g)  grad sum_{a^g} pi(a^g|o^g) ]  =  0                the sum is always 1
+
+        So b may be subtracted, as in COMA's counterfactual baseline (Foerster et al. 2018). NOTE: were agent g's own
+        action among its inputs, b could not leave the sum, and the gradient would be biased.
+        """
         taken = one_hot(action, self.action_dim).float() if self.discrete else action.clamp(-1, 1)  # (..., G, A)
         others = (1 - self.identity)[..., None]  # (G, G, 1)
         return (taken.unsqueeze(-3) * others).flatten(-2)
@@ -314,8 +321,8 @@ class Team(nn.Module):
 
     def value_scale(self):
         """Mean and standard deviation of the returns, (P,) each: a value is mean + std * the critic's output."""
-        mean, inv_std = (torch.stack(x).float() for x in zip(*((rms.mean, rms.inv_std) for rms in self.value_rms)))
-        return mean, 1 / inv_std
+        mean, inv_std = (torch.stack([getattr(rms, x) for rms in self.value_rms]) for x in ("mean", "inv_std"))
+        return mean.float(), 1 / inv_std.float()
 
     @torch.no_grad()
     def update_statistics(self, rollout, returns):
@@ -370,7 +377,7 @@ class TeamEnvironments:
         self.part = part  # their slice of range(N), n of them
         self.old_team, self.noise, self.rollout = old_team, noise, rollout  # in memory that all processes share
         self.envs = () if world else [ParallelEnv(args) for _ in range(part.start, part.stop)]
-        self.world = world or ParallelEnvs(self.envs)
+        self.world = world or PettingZoo(self.envs)
         self.all_steps = CudaGraph(self.steps) if args.cuda and world else self.steps
 
     def run(self, seeds=()):
@@ -388,14 +395,15 @@ class TeamEnvironments:
         # another size may be rounded differently, and the number of processes must not change a run.
         obs, legal = (torch.zeros_like(self.rollout[key][0]) for key in ("obs", "legal"))
         view = self.world.view()
-        for self.t, (noise, world_noise) in enumerate(zip(*self.noise)):
+        for t, (noise, world_noise) in enumerate(zip(*self.noise)):
+            self.t = t
             obs[self.part], legal[self.part] = view["obs"], view["legal"]
             action = self.old_team.act(obs, legal, noise)[self.part]
             next_view, successor, reward, terminated, over = self.world.step(action, world_noise)
             now = view | {f"next_{key}": x for key, x in successor.items()}
             now |= {"action": action, "reward": reward, "terminated": terminated, "over": over}
             for key, x in self.rollout.items():
-                x[self.t, self.part] = now[key]
+                x[t, self.part] = now[key]
             view = next_view
 
 
@@ -527,6 +535,9 @@ def team_kl(team, data):
 
 
 # ==== Training ========================================================================================================
+#
+# PPO's Algorithm 1: collect with the old policies, estimate advantages, update, and again. All agents learn in the same
+# update, whether they share a network or not. Only self-play has something to do before: to choose the opponents.
 
 
 def train(args: Args) -> dict:
@@ -609,7 +620,7 @@ def train(args: Args) -> dict:
             over = global_step >= run.last_step or run.signal is not None
             cut = over or global_step % args.checkpoint_every < B
             if cut:
-                run.save(global_step, **(pool.adapted() if pool else {}))
+                run.save(global_step, **({"snapshots": pool.snapshots, "strength": pool.strength} if pool else {}))
     return run.summary(global_step)
 
 
@@ -617,9 +628,12 @@ def train(args: Args) -> dict:
 #
 # Against a fixed opponent a policy learns to exploit it. Against itself it always meets an equal, and both get better.
 # But a policy that only knows its present self may run in circles: what beats today's policy may lose to last week's.
-# So some of the boards are played against snapshots of the past. In every iteration a new hand of opponents is drawn,
-# and all games begin anew. Where one is cut off by that, the value of its last position stands for the rest. All
-# opponents have the same number of boards, so that one product of stacked matrices moves them all.
+# So some of the boards are played against snapshots of the past, which are kept in a pool. At each board the learner
+# has one seat. Whoever has the other one is a part of the learner's world, and nothing is learned from its moves.
+#
+# In every iteration a new hand of opponents is drawn, and all games begin anew. Where one is cut off by that, the value
+# of its last position stands for the rest. All opponents have the same number of boards, so that one product of stacked
+# matrices moves them all.
 
 
 class SelfPlay:
@@ -695,9 +709,6 @@ class Pool:
         if snapshots[1:]:  # resumed with a longer run: thin out the snapshots to the new interval
             self.snapshots = snapshots[:: math.ceil(self.every * batch / snapshots[1]["global_step"])]
 
-    def adapted(self):
-        return {"snapshots": self.snapshots, "strength": self.strength}
-
     def add(self, team, world, global_step):
         """Measure the team, then add it."""
         self.measure(team, world, global_step)
@@ -708,8 +719,8 @@ class Pool:
         """The parameters of n opponents: a share latest_prob is the team's; the others are snapshots, drawn at random
         with replacement."""
         present = round(n * self.args.latest_prob)
-        chosen = torch.randint(len(self.snapshots), (n - present,)).tolist()
-        return [team.actor.state_dict()] * present + [self.snapshots[i]["actor"] for i in chosen]
+        past = torch.randint(len(self.snapshots), (n - present,)).tolist()
+        return [team.actor.state_dict()] * present + [self.snapshots[i]["actor"] for i in past]
 
     def measure(self, team, world, seed):
         """Score against random play and against the middle snapshot. A score against training's own opponents would say
@@ -861,7 +872,7 @@ WORLDS, GAMES = {"simple_spread": SimpleSpread}, {"connect_four": ConnectFour}
 
 
 def make_world(args, num_envs, device):
-    """What the agents live in. Raises UserError."""
+    """What the agents live in: num_envs copies, or one PettingZoo environment. Raises UserError."""
     if args.algorithm == "selfplay":
         return SelfPlay(GAMES[args.env_id](num_envs, device), args)
     return WORLDS[args.env_id](num_envs, device) if args.env_id in WORLDS else ParallelEnv(args)
@@ -937,7 +948,8 @@ class ParallelEnv(gym.Env):
     """A PettingZoo parallel environment that shows views (see "What a world is"), as numpy arrays without N. Narrower
     agents are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
 
-    def __init__(self, args, **kwargs):
+    def __init__(self, args):
+        self.render_mode = "rgb_array" if args.capture_video else None
         refused = (TypeError, AssertionError, ValueError) if args.env_kwargs != "{}" else ()  # as arguments are refused
         with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}", (*MISTAKES, *refused)):
             try:
@@ -950,8 +962,9 @@ class ParallelEnv(gym.Env):
                 raise UserError(text) from error
             if "mujoco" in args.env_id:
                 quiet_mujoco()
-            self.env = make(**json.loads(args.env_kwargs), **kwargs)
-            self.names, self.render_mode = list(self.env.possible_agents), kwargs.get("render_mode")
+            film = {"render_mode": self.render_mode} if args.capture_video else {}
+            self.env = make(**json.loads(args.env_kwargs), **film)
+            self.names = list(self.env.possible_agents)
             self.spaces = [self.env.action_space(name) for name in self.names]
             self.obs_spaces = [self.seen(self.env.observation_space(name)) for name in self.names]
         self.metadata = getattr(self.env, "metadata", {})  # how many frames a second, for a video
@@ -1019,11 +1032,11 @@ class ParallelEnv(gym.Env):
         self.env.close()
 
 
-class ParallelEnvs:
-    """ParallelEnvs, n of them, as one world whose tensors are on the CPU. They move one after the other."""
+class PettingZoo:
+    """A world of several ParallelEnv, which move one after the other. Its tensors are on the CPU."""
 
     def __init__(self, envs):
-        self.envs, self.views = envs, [{}] * len(envs)
+        self.envs, self.views = envs, [None] * len(envs)  # views: what each one shows
 
     def begin_episode(self, i, **seed):
         self.at = i  # to be named if the environment fails
@@ -1039,8 +1052,9 @@ class ParallelEnvs:
 
     def step(self, action, noise):
         results = []
-        for self.at, env in enumerate(self.envs):
-            results.append(env.step(action[self.at].numpy()))
+        for i, env in enumerate(self.envs):
+            self.at = i
+            results.append(env.step(action[i].numpy()))
         self.views = [view for view, *_ in results]
         successor, reward, terminated, over, _ = default_collate(results)
         for i in np.flatnonzero(over):
@@ -1076,8 +1090,8 @@ def work_for_team(pipe, *args):
 
 
 class TeamActors:
-    """The N environments. A built-in world runs in this process, on the device of the team. PettingZoo environments are
-    spread over processes: each runs whole rollouts of its part with the frozen policies, and they meet once an
+    """The N environments. Those of a built-in world are all in this process, on the device of the team. PettingZoo's
+    are spread over processes. Each process runs whole rollouts of its part with the frozen policies; they meet once an
     iteration. The first part is this process's own."""
 
     def __init__(self, args, world, team):
@@ -1432,49 +1446,40 @@ class Run(contextlib.ExitStack):
 # ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
 
 
-def load_team(path, env_id=None, num_envs=1):
-    """The team of a checkpoint, its world, the arguments it was trained with, and its step. Raises UserError."""
-    checkpoint = load_checkpoint(path, env_id)
-    known = {f.name for f in fields(Args)}  # an older script may have had other flags
-    args = Args(**{key: x for key, x in checkpoint["args"].items() if key in known})
-    world = make_world(args, num_envs, torch.device("cpu"))
-    team = Team(world, args)
-    load_checkpoint(path, env_id, team)
-    return team, world, args, checkpoint["global_step"]
-
-
 @torch.no_grad()
 def evaluate(args) -> dict:
     """Run the checkpoint's policies without noise, on the CPU: episodes or, in self-play, games against random play.
     Returns mean, std and raw returns, summed over agents, and the means by agent. Raises UserError."""
     torch.set_num_threads(1)
     N = SelfPlay.HAND * math.ceil(args.eval_episodes / SelfPlay.HAND)  # as many boards for each opponent
-    team, world, _, global_step = load_team(args.evaluate, args.env_id, N)
+    world = make_world(args, N, torch.device("cpu"))
+    team = Team(world, args)
+    checkpoint = load_checkpoint(args.evaluate, args.env_id, team)
+    torch.manual_seed(args.seed)
     if isinstance(world, ParallelEnv):
-        path = Path(args.evaluate)
-        folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{global_step}"
-        returns = run_episodes(args, team, world, folder, name)  # (K, G)
+        returns = run_episodes(args, team, world, f"step-{checkpoint['global_step']}")  # (K, G)
     else:
-        torch.manual_seed(args.seed)
         returns = first_episodes(team, world)[: args.eval_episodes]
     total = returns.sum(-1)
     result = {"mean": total.mean().item(), "std": total.std(correction=0).item(), "returns": total.tolist()}
     return result | ({"mean_by_agent": returns.mean(0).tolist()} if team.G > 1 else {})
 
 
-def run_episodes(args, team, env, folder, name):
+def run_episodes(args, team, env, name):
     """Returns (K, G) of K episodes of a PettingZoo environment. Raises RunFailed."""
     returns = []
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
     with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
         if args.capture_video:
-            env = ParallelEnv(args, render_mode="rgb_array")
+            path = Path(args.evaluate)
+            folder = (path if path.is_dir() else path.parent) / "videos"
             env = gym.wrappers.RecordVideo(env, str(folder), lambda n: True, name_prefix=name, disable_logger=True)
         while len(returns) < args.eval_episodes:
             (view, _), over, total = env.reset(seed=None if returns else args.seed), False, 0.0
             while not over:
-                obs, legal = (torch.from_numpy(view[key])[None] for key in ("obs", "legal"))
-                view, reward, _, over, _ = env.step(team.act(obs, legal, 0.0)[0].numpy())
+                view = default_collate([view])
+                action = team.act(view["obs"], view["legal"], 0.0)[0]
+                view, reward, _, over, _ = env.step(action.numpy())
                 total = total + reward.astype(float)
             returns.append(total)
         env.close()
@@ -1503,7 +1508,7 @@ def cli(argv) -> Args:
 PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
 EVALUATION = {"evaluate", "eval_episodes", "capture_video"}
 SELFPLAY = {"latest_prob", "opening_plies", "pool_size"}
-TEAMS = {"share_params", "team_reward", "norm_obs", "critic_input"}  # nothing of this is left to choose in self-play
+TEAMS = {"share_params", "team_reward", "norm_obs"}  # nothing of this is left to choose in self-play
 
 
 def parse_args(argv=None) -> Args:

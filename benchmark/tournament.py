@@ -238,8 +238,15 @@ def right_moves(team, boards):
 # ---- entry -----------------------------------------------------------------------------------------------------------
 
 
+def load_team(run):
+    """The team of a checkpoint, and its step. Raises ma.UserError."""
+    args = ma.parse_args(["--evaluate", str(run), "--env-id", "connect_four"])
+    team = ma.Team(ma.make_world(args, args.num_envs, CPU), args)
+    return team, ma.load_checkpoint(run, agent=team)["global_step"]
+
+
 def rate(run, opponent, games, seed):
-    team, _, trained, step = ma.load_team(run, "connect_four")
+    team, step = load_team(run)
     generator, game = torch.Generator().manual_seed(seed), ma.ConnectFour(games, CPU)
     result = {"run": str(run), "global_step": step, "opponent": opponent}
     randomly = random_player(generator)
@@ -257,7 +264,7 @@ def rate(run, opponent, games, seed):
     elif re.fullmatch(r"mcts-[1-9]\d*", opponent):
         returns = match_against_search(game, player(team), mcts(int(opponent[5:]), seed))
     else:
-        other = ma.load_team(opponent, "connect_four")[0]
+        other, _ = load_team(opponent)
         returns = match(game, player(team, generator), player(other, generator))
     return result | {"mean": returns.mean().item(), "games": games}
 

@@ -729,7 +729,8 @@ def test_rock_paper_scissors_averages_to_a_third_each(tmp_path, monkeypatch):
     flags += ["--pool-size", 150, "--ent-coef", 0.2, "--latest-prob", 0.25, "--lr-schedule", "constant"]
     flags += ["--gamma", 1.0, "--opening-plies", 0]  # it has no boards to play random plies on
     train(tmp_path, *flags, "--total-timesteps", 512 * 150, "--learning-rate", 3e-3, "--hidden-size", 16)
-    team, *_ = ma.load_team(tmp_path)
+    args = ma.parse_args(["--evaluate", str(tmp_path)])
+    team = ma.Team(ma.make_world(args, 64, CPU), args)
     obs, legal, policies = torch.ones(1, 1, 1), torch.ones(1, 1, 3, dtype=torch.bool), []
     for snapshot in ma.load_checkpoint(tmp_path)["adapted"]["snapshots"]:
         team.actor.load_state_dict(snapshot["actor"])

@@ -79,7 +79,7 @@ def test_shares_of_wins_and_blocks(tournament, monkeypatch, column, wins, blocks
 
 @pytest.mark.slow
 def test_a_real_team_is_its_own_mirror_image(tournament, run):
-    team, *_ = ma.load_team(run)
+    team, _ = tournament.load_team(run)
     positions = tournament.positions(tournament.random_player(torch.Generator().manual_seed(0)), 50)
     result = tournament.one_ply(team, positions)
     assert result["mirrored"] == 1 and result["of"] > 50 and len(positions) == len(positions.unique(dim=0))
