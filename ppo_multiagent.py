@@ -376,8 +376,8 @@ class TeamEnvironments:
     def __init__(self, args, part, old_team, noise, rollout, world=None):
         self.part = part  # their slice of range(N), n of them
         self.old_team, self.noise, self.rollout = old_team, noise, rollout  # in memory that all processes share
-        self.envs = () if world else [ParallelEnv(args) for _ in range(part.start, part.stop)]
-        self.world = world or PettingZoo(self.envs)
+        self.world = world or PettingZoo(args, part.stop - part.start)
+        self.envs = getattr(self.world, "envs", ())  # there is nothing to close in a built-in world
         self.all_steps = CudaGraph(self.steps) if args.cuda and world else self.steps
 
     def run(self, seeds=()):
@@ -872,10 +872,10 @@ WORLDS, GAMES = {"simple_spread": SimpleSpread}, {"connect_four": ConnectFour}
 
 
 def make_world(args, num_envs, device):
-    """What the agents live in: num_envs copies, or one PettingZoo environment. Raises UserError."""
+    """What the agents live in; of a PettingZoo environment one copy, to be looked at. Raises UserError."""
     if args.algorithm == "selfplay":
         return SelfPlay(GAMES[args.env_id](num_envs, device), args)
-    return WORLDS[args.env_id](num_envs, device) if args.env_id in WORLDS else ParallelEnv(args)
+    return WORLDS[args.env_id](num_envs, device) if args.env_id in WORLDS else PettingZoo(args)
 
 
 # ==== Plumbing, the same in every script. A reader who wanted the algorithm can stop here. ============================
@@ -944,12 +944,11 @@ def quiet_mujoco():
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
 
 
-class ParallelEnv(gym.Env):
-    """A PettingZoo parallel environment that shows views (see "What a world is"), as numpy arrays without N. Narrower
-    agents are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
+class PettingZoo:
+    """A PettingZoo parallel environment as a world. Its copies move one after the other, on the CPU. Narrower agents
+    are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
 
-    def __init__(self, args):
-        self.render_mode = "rgb_array" if args.capture_video else None
+    def __init__(self, args, copies=1):
         refused = (TypeError, AssertionError, ValueError) if args.env_kwargs != "{}" else ()  # as arguments are refused
         with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}", (*MISTAKES, *refused)):
             try:
@@ -962,12 +961,12 @@ class ParallelEnv(gym.Env):
                 raise UserError(text) from error
             if "mujoco" in args.env_id:
                 quiet_mujoco()
-            film = {"render_mode": self.render_mode} if args.capture_video else {}
-            self.env = make(**json.loads(args.env_kwargs), **film)
-            self.names = list(self.env.possible_agents)
-            self.spaces = [self.env.action_space(name) for name in self.names]
-            self.obs_spaces = [self.seen(self.env.observation_space(name)) for name in self.names]
-        self.metadata = getattr(self.env, "metadata", {})  # how many frames a second, for a video
+            film = {"render_mode": "rgb_array"} if args.capture_video else {}
+            self.envs = [make(**json.loads(args.env_kwargs), **film) for _ in range(copies)]
+            self.views, env = [{}] * copies, self.envs[0]  # views: what each copy shows, numpy arrays without N
+            self.names = list(env.possible_agents)
+            self.spaces = [env.action_space(name) for name in self.names]
+            self.obs_spaces = [self.seen(env.observation_space(name)) for name in self.names]
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
         if not self.discrete and not all(isinstance(s, gym.spaces.Box) and s.is_bounded() for s in self.spaces):
             raise UserError(f"{args.env_id} has action spaces {self.spaces}; this script does Discrete or bounded Box")
@@ -980,18 +979,21 @@ class ParallelEnv(gym.Env):
         obs_dims = [gym.spaces.flatdim(space) for space in self.obs_spaces]
         self.obs_dim, self.has_state = max(obs_dims), False
         with named_failures(lambda: f"cannot reset {args.env_id}", MISTAKES):
-            seen = [x[:n] for x, n in zip(self.reset(seed=0)[0]["obs"], obs_dims)]
+            self.begin(0, seed=0)
+            seen = [x[:n] for x, n in zip(self.views[0]["obs"], obs_dims)]
             with contextlib.suppress(NotImplementedError, AttributeError):
-                state = np.asarray(self.env.state(), np.float32).ravel()
+                state = np.asarray(env.state(), np.float32).ravel()
                 self.has_state = not np.array_equal(state, np.concatenate(seen))  # most show all observations together
-            self.state_dim = self.reset(seed=0)[0]["state"].size
+            self.begin(0, seed=0)
+            self.state_dim = self.views[0]["state"].size
 
     @staticmethod
     def seen(x):
         """The observation, or its space, where a dictionary brings an action mask along."""
         return x["observation"] if isinstance(x, dict | gym.spaces.Dict) and "observation" in list(x) else x
 
-    def pack(self, obs, infos, rewards=None):
+    def set_view(self, i, obs, infos, rewards=None):
+        """Make the view of copy i from what it returned."""
         view = {"obs": np.zeros((self.num_agents, self.obs_dim), np.float32), "legal": self.own_actions.copy()}
         for g, (name, space) in enumerate(zip(self.names, self.obs_spaces)):
             if name in obs:
@@ -1000,65 +1002,45 @@ class ParallelEnv(gym.Env):
                 own = obs[name] if isinstance(obs[name], dict) else infos.get(name, {})
                 if self.discrete and np.any(own.get("action_mask", 0)):  # a mask that allows nothing is ignored
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
-        view["state"] = np.asarray(self.env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
-        view["alive"] = np.array([name in self.env.agents for name in self.names], np.float32)
-        return view
+        env = self.envs[i]
+        view["state"] = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
+        view["alive"] = np.array([name in env.agents for name in self.names], np.float32)
+        self.views[i] = view
 
-    def noise(self, T):
-        return torch.zeros(T)  # its random numbers are its own affair
+    def begin(self, i, seed=None):
+        self.at = i  # to be named if it fails
+        self.set_view(i, *self.envs[i].reset(seed=seed))
 
-    def reset(self, seed=None, options=None):
-        return self.pack(*self.env.reset(seed=seed)), {}
-
-    def step(self, action):
-        """(G,) or (G, A) -> view, reward (G,), terminated (G,), whether the episode is over, {}"""
-        actions = {}
+    def move(self, i, action):
+        """Step copy i: (G,) or (G, A) -> its view, reward (G,), terminated (G,), whether the episode is over."""
+        self.at, env, actions = i, self.envs[i], {}
         for name, space, a in zip(self.names, self.spaces, action):
-            if name in self.env.agents and self.discrete:
+            if name in env.agents and self.discrete:
                 actions[name] = int(a) + int(space.start)
-            elif name in self.env.agents:
+            elif name in env.agents:
                 unit = (a[: np.prod(space.shape, dtype=int)].reshape(space.shape).clip(-1, 1) + 1) / 2
                 actions[name] = (space.low + unit * (space.high - space.low)).astype(space.dtype)
-        obs, rewards, terminations, truncations, infos = self.env.step(actions)
-        reward, terminated = (
-            np.array([x.get(name, 0) for name in self.names], np.float32) for x in (rewards, terminations)
-        )
-        return self.pack(obs, infos, rewards), reward, terminated, not self.env.agents, {}
-
-    def render(self):
-        return self.env.render()
-
-    def close(self):
-        self.env.close()
-
-
-class PettingZoo:
-    """A world of several ParallelEnv, which move one after the other. Its tensors are on the CPU."""
-
-    def __init__(self, envs):
-        self.envs, self.views = envs, [None] * len(envs)  # views: what each one shows
-
-    def begin_episode(self, i, **seed):
-        self.at = i  # to be named if the environment fails
-        self.views[i], _ = self.envs[i].reset(**seed)
+        obs, rewards, terminations, truncations, infos = env.step(actions)
+        self.set_view(i, obs, infos, rewards)
+        by_agent = [[x.get(name, 0) for name in self.names] for x in (rewards, terminations)]
+        return self.views[i], *np.array(by_agent, np.float32), not env.agents
 
     def reset(self, seeds):
         for i, seed in enumerate(seeds):
             np.random.seed(int(seed))  # noqa: NPY002 (some environments draw from the global generator)
-            self.begin_episode(i, seed=int(seed))
+            self.begin(i, int(seed))
+
+    def noise(self, T):
+        return torch.zeros(T)  # their random numbers are their own affair
 
     def view(self):
         return default_collate(self.views)  # stacked, as tensors
 
     def step(self, action, noise):
-        results = []
-        for i, env in enumerate(self.envs):
-            self.at = i
-            results.append(env.step(action[i].numpy()))
-        self.views = [view for view, *_ in results]
-        successor, reward, terminated, over, _ = default_collate(results)
+        results = [self.move(i, a) for i, a in enumerate(action.numpy())]
+        successor, reward, terminated, over = default_collate(results)
         for i in np.flatnonzero(over):
-            self.begin_episode(i)
+            self.begin(i)
         return self.view(), successor, reward, terminated, over
 
 
@@ -1095,7 +1077,7 @@ class TeamActors:
     iteration. The first part is this process's own."""
 
     def __init__(self, args, world, team):
-        T, N, built_in = args.num_steps, args.num_envs, not isinstance(world, ParallelEnv)
+        T, N, built_in = args.num_steps, args.num_envs, not isinstance(world, PettingZoo)
         device = torch.device("cuda" if args.cuda and built_in else "cpu")
         self.world, self.old_team = world, copy.deepcopy(team).to(device)
         self.noise = team.noise(T, N).to(device), world.noise(T).to(device)  # of the policies, of the world
@@ -1107,7 +1089,7 @@ class TeamActors:
         shared = self.old_team, self.noise, self.rollout, world if built_in else None
         self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
         if not built_in:
-            close(world)
+            close(*world.envs)
             self.old_team.share_memory()
             for x in (*self.noise, *self.rollout.values()):
                 x.share_memory_()
@@ -1456,7 +1438,7 @@ def evaluate(args) -> dict:
     team = Team(world, args)
     checkpoint = load_checkpoint(args.evaluate, args.env_id, team)
     torch.manual_seed(args.seed)
-    if isinstance(world, ParallelEnv):
+    if isinstance(world, PettingZoo):
         returns = run_episodes(args, team, world, f"step-{checkpoint['global_step']}")  # (K, G)
     else:
         returns = first_episodes(team, world)[: args.eval_episodes]
@@ -1465,22 +1447,26 @@ def evaluate(args) -> dict:
     return result | ({"mean_by_agent": returns.mean(0).tolist()} if team.G > 1 else {})
 
 
-def run_episodes(args, team, env, name):
+def run_episodes(args, team, world, name):
     """Returns (K, G) of K episodes of a PettingZoo environment. Raises RunFailed."""
-    returns = []
+    returns, env = [], world.envs[0]
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
     with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
-        if args.capture_video:
-            path = Path(args.evaluate)
-            folder = (path if path.is_dir() else path.parent) / "videos"
-            env = gym.wrappers.RecordVideo(env, str(folder), lambda n: True, name_prefix=name, disable_logger=True)
         while len(returns) < args.eval_episodes:
-            (view, _), over, total = env.reset(seed=None if returns else args.seed), False, 0.0
+            world.begin(0, None if returns else args.seed)
+            over, total, frames = False, 0.0, []
             while not over:
-                view = default_collate([view])
-                action = team.act(view["obs"], view["legal"], 0.0)[0]
-                view, reward, _, over, _ = env.step(action.numpy())
+                frames += [env.render()] if args.capture_video else []
+                view = world.view()
+                _, reward, _, over = world.move(0, team.act(view["obs"], view["legal"], 0.0)[0].numpy())
                 total = total + reward.astype(float)
+            if args.capture_video:
+                from gymnasium.utils.save_video import save_video  # here, because it needs moviepy
+
+                path, more = Path(args.evaluate), {"name_prefix": name, "episode_index": len(returns)}
+                more["fps"] = getattr(env, "metadata", {}).get("render_fps", 30)
+                folder = (path if path.is_dir() else path.parent) / "videos"
+                save_video([*frames, env.render()], folder, lambda n: True, **more)
             returns.append(total)
         env.close()
     return torch.tensor(np.array(returns))

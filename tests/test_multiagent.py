@@ -267,10 +267,10 @@ def test_real_pettingzoo_environments_train_and_resume(env, flags, tmp_path, cap
 
 
 def test_minus_one_to_one_is_the_whole_range_of_a_box(tmp_path):
-    env = ma.ParallelEnv(ma.Args(env_id="toy_parallel.thrusters"))
-    env.reset(seed=0)
+    world = ma.PettingZoo(ma.Args(env_id="toy_parallel.thrusters"))
+    world.reset([0])
     for action, reward in ((0.0, 0), (1.0, -2), (-0.5, -1), (9.0, -2)):
-        assert env.step(np.array([[action]], np.float32))[1] == pytest.approx([reward])
+        assert world.step(torch.tensor([[[action]]]), None)[2].tolist() == [pytest.approx([reward])]
 
 
 # ---- critics, masks, learners ----------------------------------------------------------------------------------------
@@ -886,8 +886,9 @@ def test_a_state_of_the_size_of_all_observations_is_seen_all_the_same(monkeypatc
     import toy_parallel
 
     monkeypatch.setattr(toy_parallel.Mortals, "state", lambda self: np.full(8, 9.0))
-    world = ma.ParallelEnv(ma.Args(env_id="toy_parallel.mortals"))
-    assert world.has_state and (world.reset(seed=0)[0]["state"] == 9).all()
+    world = ma.PettingZoo(ma.Args(env_id="toy_parallel.mortals"))
+    world.reset([0])
+    assert world.has_state and (world.view()["state"] == 9).all()
 
 
 def test_critics_are_shown_no_actions_that_an_agent_does_not_have():
