@@ -16,16 +16,14 @@ from each other. After every --interval steps:
 
 Why copy both? With the weights alone a member would soon suffer again from the settings that made it fall behind, and
 the settings alone would come too late for its weights. Why explore? Without it a population could only choose among its
-first draws, and after a few copies all members would have the same.
-
-For the cost of a random search one gets a trained policy, and a schedule of hyperparameters that led to it.
+first draws, and after a few copies all members would have the same. So one gets, for the cost of a random search, a
+trained policy and the schedule of hyperparameters that led to it.
 
 A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
-checkpoint and a score come out. The launcher knows nothing of the algorithm that a script implements, only what all
-scripts share: train, evaluate, parse_args, and flags like --resume, --stop-at-step and --run-dir. A leg that is lost
-is run once more; a member that fails twice becomes a copy. Every event is one line in RUN/events.jsonl, from which the
-launcher can rebuild everything it knows. So --resume goes on after any kind of death and, with --mode sync, takes the
-same decisions (if the same legs fail).
+checkpoint and a score come out. The launcher knows nothing of a script's algorithm, only what all scripts share: train,
+evaluate, parse_args, and flags like --resume, --stop-at-step and --run-dir. A leg that is lost is run once more; a
+member that fails twice becomes a copy. Every event is a line in RUN/events.jsonl, and all that the launcher knows
+follows from them. So --resume goes on after any death, with the same decisions in --mode sync (if the same legs fail).
 
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/hopper --population 8 --slots 2 \\
         --mutate learning_rate:log:1e-5:1e-3 --mutate clip_coef:lin:0.1:0.4
@@ -35,11 +33,10 @@ same decisions (if the same legs fail).
     python pbt_launcher.py ppo_clip.py ... -- --num-envs 16 --num-steps 128    # after --: flags for the script
 
 A population of 8 in 2 slots takes about four times as long as two runs side by side. How to read its result: the best
-score is the highest of many noisy ones, so it is biased upwards; evaluate best.pt on fresh episodes. And a winner may
-have had a good schedule or just luck: --replay trains its schedule again, with other seeds. lineage.png shows who
-copied whom, schedule.png what everybody tried. PBT is greedy: what raises the score within one --interval is copied,
-even if it costs later, like a learning rate that falls too early. A longer interval looks further ahead, and decides
-less often.
+score is the highest of many noisy ones, so it is biased upwards; evaluate best.pt on fresh episodes. A winner may have
+had a good schedule or just luck: --replay trains its schedule again, with other seeds. lineage.png shows who copied
+whom, schedule.png what all have tried. PBT is greedy: what raises the score within one --interval is copied, even if it
+costs later, like a learning rate that falls too early. A longer interval looks further ahead, and decides less often.
 
 Departures from the paper: all members decide together, so that a seed fixes every decision (--mode async: one by one,
 as there). A quarter copies a quarter; the paper says a fifth. A hyperparameter is perturbed or, with a chance of a
@@ -64,7 +61,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import dropwhile, takewhile
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
@@ -124,7 +120,7 @@ def exploit(scores, args, rng):
     """Who copies whom: {loser: donor}. scores: {member: score}. A member without a score has finished no leg
     yet, or none since it became a copy; or no episode ended in its leg, perhaps because it does well. Nothing is known
     of it, so it is left alone."""
-    if args.quantile == 0 or args.replay:
+    if args.quantile == 0 or args.replay:  # random search, or a schedule that is known
         return {}
     scores = {m: x for m, x in scores.items() if x is not None}
     copies = tournament(scores, rng) if args.selection == "tournament" else truncation(scores, args.quantile, rng)
@@ -137,7 +133,7 @@ def truncation(scores, quantile, rng):
     """Truncation selection (paper, section 4.1): each of the bottom fraction copies one of the top fraction, drawn at
     random: the highest score is often luck, and if all copied that one, soon a single lineage would be left."""
     order = ranked(scores)
-    k = min(math.ceil(len(order) * quantile), len(order) // 2)
+    k = min(math.ceil(len(order) * quantile), len(order) // 2)  # an end is at most a half, so nobody is in both
     return {m: order[rng.integers(k)] for m in sorted(order[len(order) - k :])}
 
 
@@ -145,12 +141,9 @@ def tournament(scores, rng):
     """Binary tournament (paper, section 4.3): each member meets another, drawn at random, and copies it if it is
     better. This is softer: a middling member may be copied, and the worst survives if it happens to meet a loser.
     Nobody copies a member that is itself about to copy."""
-    copies = {}
-    for m in sorted(scores):
-        others = [o for o in sorted(scores) if o != m]
-        rival = others[rng.integers(len(others))] if others else m
-        if scores[rival] > scores[m]:
-            copies[m] = rival
+    others = {m: [o for o in sorted(scores) if o != m] for m in sorted(scores)}
+    rivals = {m: those[rng.integers(len(those))] for m, those in others.items() if those}  # none, if it is alone
+    copies = {m: rival for m, rival in rivals.items() if scores[rival] > scores[m]}
     return {m: donor for m, donor in copies.items() if donor not in copies}
 
 
@@ -217,25 +210,19 @@ class Hyperparameter:
         return self.inside(new)
 
 
-def explore(values, hyperparameters, resample_probability, rng):
+def explore(values, hyperparameters, chance, rng):
     """A copy's hyperparameters, from the donor's {name: value}: each perturbed or, sometimes, drawn from its prior. By
     steps of 20 % a factor of ten takes eleven copies or more. A draw gets there at once, and restores variety."""
-    new = {}
-    for h in hyperparameters:
-        resample = rng.random() < resample_probability
-        new[h.name] = h.sample(rng) if resample else h.perturb(values[h.name], rng)
-    return new
+    return {h.name: h.sample(rng) if rng.random() < chance else h.perturb(values[h.name], rng) for h in hyperparameters}
 
 
 # ==== The loop ========================================================================================================
 
 
 def train(args):
-    """Train a population to its end. Returns a summary. Raises UserError, nearly always before anything is written: a
-    mistake that only a first leg shows leaves a folder that is free.
-
-    A member is ready, then trains a leg in a slot, then waits for the decision about it, and is ready again: as itself,
-    or as a copy of another one."""
+    """Train a population to its end. A member is ready, then trains a leg in a slot, then waits for the decision about
+    it, and is ready again: as itself, or as a copy of another one. Returns a summary. Raises UserError, nearly always
+    before anything is written: a mistake that only a first leg shows leaves a folder that is free."""
     population, running, signals = Population(args), {}, []  # running: slot -> its leg, and when that started
 
     def note(number, frame):  # for the loop to look at; a second signal kills
@@ -249,24 +236,25 @@ def train(args):
         at_the_end.callback(lambda: [slot.kill() for slot in slots])
         check_flags(population, slots[0], signals)
         at_the_end.enter_context(population)
-        while not signals and not all(map(population.done, population.members.values())):
-            free = [slot for slot in slots if slot not in running and slot.available()]
-            for slot, member in zip(free, population.ready(running.values()), strict=False):
-                leg, request = population.next_leg(member)
-                shutil.rmtree(population.folder / leg["leg"], ignore_errors=True)  # left by a launcher that was killed
-                running[slot] = leg, time.monotonic()
-                slot.start(request)
-            for slot, (leg, started) in list(running.items()):
-                result, seconds = slot.poll(), time.monotonic() - started
-                if result is None and seconds > population.time_limit():
-                    slot.kill()
-                    result = {"error": f"{leg['leg']} hung: no result after {seconds:.0f} s (see --leg-timeout)"}
-                if result is not None:
-                    del running[slot]
-                    population.finish(leg | {"seconds": seconds}, result)
+        while population.active() and not signals:
+            for slot in slots:
+                if slot not in running and slot.available() and (ready := population.ready(running.values())):
+                    leg, request = population.next_leg(ready[0])
+                    shutil.rmtree(population.folder / leg["leg"], ignore_errors=True)  # of a launcher that was killed
+                    running[slot] = leg, time.monotonic()
+                    slot.start(request)
+                if slot in running:
+                    leg, started = running[slot]
+                    result, seconds = slot.poll(), time.monotonic() - started
+                    if result is None and seconds > population.time_limit():
+                        slot.kill()
+                        result = {"error": f"{leg['leg']} hung: no result after {seconds:.0f} s (see --leg-timeout)"}
+                    if result is not None:
+                        del running[slot]
+                        population.finish(leg | {"seconds": seconds}, result)
             if members := population.due():
                 population.decide(members)
-            time.sleep(0.01)
+            time.sleep(0.01)  # a leg takes minutes
     best, score = population.folder / "best.pt", None
     if population.best:
         score = population.legs[population.best]["score"]
@@ -283,13 +271,13 @@ class Member:
     """What is known of one member."""
 
     id: int
-    hyper: dict
+    hyper: dict  # its hyperparameters, {name: value}
     seed: int
-    step: int = 0
+    step: int = 0  # environment steps so far, through all copies
     waiting: bool = False  # for the next decision: it has finished a leg, or failed twice
     tries: int = 0  # legs that it has run itself, finished or failed; the next one is named m<id>/t<tries + 1>
     failures: int = 0  # of its next leg, so far
-    score: float | None = None
+    score: float | None = None  # of its last leg; none yet, or none since it became a copy
     leg: str | None = None  # whose checkpoint its next leg starts from
 
 
@@ -304,44 +292,43 @@ class Population:
     resume is to apply the stored events again; no second copy of the state could disagree with them. As a context it
     holds the file of events, locked, to which `record` appends."""
 
-    def __init__(self, args):
+    def __init__(self, args, events=()):
         self.args, self.folder = args, Path(args.run_dir).resolve()
         self.hyperparameters = [Hyperparameter.parse(text) for text in args.mutate]
         self.members, self.legs, self.decisions, self.best = {}, {}, 0, None
         for j in range(args.population):
             rng = generator(args, 1, j)
             self.members[j] = Member(j, {h.name: h.sample(rng) for h in self.hyperparameters}, args.seed + j)
+        for event in events:
+            self.apply(event)
 
-    # ---- what the loop asks ------------------------------------------------------------------------------------------
-
-    def done(self, member):
-        return member.step >= self.args.total_timesteps
+    def active(self):
+        """The members that have steps left to train."""
+        return [m for m in self.members.values() if m.step < self.args.total_timesteps]
 
     def ready(self, running):
-        """The members whose next leg can start: those that neither train, nor wait for a decision, nor are done. Those
-        with the fewest steps come first, so that with few slots nobody falls behind. A second try comes last: perhaps
-        in another slot, if it was the slot that failed."""
+        """The members whose next leg can start: those that neither train, nor wait for a decision. Those with the
+        fewest steps come first, so that with few slots nobody falls behind. A second try comes last: perhaps in another
+        slot, if it was the slot that failed."""
         busy = {leg["member"] for leg, _ in running}
-        members = [m for m in self.members.values() if not (m.id in busy or m.waiting or self.done(m))]
-        return sorted(members, key=lambda m: (m.failures, m.step))
+        idle = [m for m in self.active() if not (m.waiting or m.id in busy)]
+        return sorted(idle, key=lambda m: (m.failures, m.step))
 
     def next_leg(self, member):
         """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
         is that of the whole run, since a script's schedules depend on it; --stop-at-step ends the leg. Every try has a
         folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
         args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
-        target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)
-        hyper = next((hyper for step, hyper in args.schedule if step >= target), member.hyper)
+        target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)  # the next decision
+        hyper = next((hyper for step, hyper in args.schedule if step >= target), member.hyper)  # no search: no schedule
         leg = {"member": member.id, "leg": name, "source": member.leg, "hyper": hyper, "seed": member.seed}
-        common = {"env_id": args.env_id} if args.env_id else {}
-        flags = {"total_timesteps": args.total_timesteps, "stop_at_step": target, "checkpoint_every": args.interval}
-        flags |= {"seed": member.seed, "run_dir": self.folder / name, "num_workers": 0}  # the slots are the processes
-        flags |= {"resume": self.checkpoint(member.leg)} if member.leg else {}
-        request = {"log": f"{self.folder / name}.log"}
-        request["train"] = command_line(common | flags | hyper) + args.script_flags
+        flags = {"env_id": args.env_id, "total_timesteps": args.total_timesteps, "stop_at_step": target}
+        flags |= {"checkpoint_every": args.interval, "seed": member.seed, "run_dir": self.folder / name}
+        flags |= {"num_workers": 0, "resume": member.leg and self.checkpoint(member.leg)}  # the slots are the processes
+        request = {"log": f"{self.folder / name}.log", "train": command_line(flags | hyper) + args.script_flags}
         if args.score == "evaluation":  # the same episodes for all members, and others after the next interval
-            flags = {"evaluate": self.folder / name, "eval_episodes": args.eval_episodes, "seed": args.seed + target}
-            request["evaluate"] = command_line(common | flags)
+            flags = {"env_id": args.env_id, "evaluate": self.folder / name, "eval_episodes": args.eval_episodes}
+            request["evaluate"] = command_line(flags | {"seed": args.seed + target})
         return leg, request
 
     def time_limit(self):
@@ -354,72 +341,60 @@ class Population:
         """The members to decide about: those that wait. In sync mode there are none until all do, so that no decision
         depends on who was faster, and a seed fixes them all. In async mode members are compared at different steps, and
         one that has failed twice waits until another finishes a leg."""
-        members = [m for m in self.members.values() if not self.done(m)]
-        waiting = [m for m in members if m.waiting]
+        active = self.active()
+        waiting = [m for m in active if m.waiting]
         finished = [m for m in waiting if m.failures < 2]
-        return waiting if len(waiting) == len(members) or self.args.mode == "async" and finished else []
-
-    def sound(self):
-        """{member: score} of those whose checkpoint no member that has failed twice holds."""
-        bad = {m.leg for m in self.members.values() if m.failures >= 2}
-        return {m.id: m.score for m in self.members.values() if m.leg not in bad | {None}}
-
-    # ---- what happens ------------------------------------------------------------------------------------------------
+        return waiting if len(waiting) == len(active) or self.args.mode == "async" and finished else []
 
     def decide(self, members):
         """Exploit and explore. All are ranked, but only those that wait can become copies: nobody's leg is broken off.
         A member that has failed twice copies the best one, whatever the flags say of copies. All copies are one event,
         so that a crash leaves all of them or none. Raises RunFailed if there is nobody to copy."""
-        rng = generator(self.args, 2, self.decisions)  # purpose 1 are the first draws
-        donors = exploit({m.id: m.score for m in self.members.values()}, self.args, rng)
-        donors = {m.id: donors[m.id] for m in members if m.id in donors and m.step >= self.args.warmup}
-        if lost := [m.id for m in members if m.failures >= 2]:
-            if not self.sound():
-                raise RunFailed("the legs of all members have failed twice: see above, and go on with --resume")
-            donors |= dict.fromkeys(lost, ranked(self.sound())[0])
-        copies = [self.copy(m, donors[m.id], rng) for m in members if m.id in donors]
+        args, everybody, copies = self.args, self.members.values(), []
+        rng = generator(args, 2, self.decisions)  # purpose 1 are the first draws
+        donors = exploit({m.id: m.score for m in everybody}, args, rng)
+        bad = {m.leg for m in everybody if m.failures >= 2} | {None}  # the checkpoints of those may be damaged
+        sound = ranked({m.id: m.score for m in everybody if m.leg not in bad})
+        searched = [] if args.replay else self.hyperparameters  # a replay's are those of the schedule
+        for m in members:
+            donor = donors.get(m.id) if m.step >= args.warmup else None
+            if m.failures >= 2:
+                if not sound:
+                    raise RunFailed("the legs of all members have failed twice: see above, and go on with --resume")
+                donor = sound[0]
+            if donor is not None:  # m gets a seed that no one else has, or the two would repeat each other's noise
+                hyper = explore(self.members[donor].hyper, searched, args.resample_probability, rng)
+                copies.append({"member": m.id, "donor": donor, "hyper": hyper, "seed": int(rng.integers(2**31))})
+                tqdm.write(f"member {m.id} copies member {donor}: {readable(hyper)}", file=sys.stderr)
         self.record("decide", members=[m.id for m in members], copies=copies)
 
-    def copy(self, member, donor, rng):
-        """The change of a member into a copy of the donor: the hyperparameters, explored, and a seed that no one else
-        has, or the two would repeat each other's noise."""
-        searched = [] if self.args.replay else self.hyperparameters  # a replay's are those of the schedule
-        hyper = explore(self.members[donor].hyper, searched, self.args.resample_probability, rng)
-        tqdm.write(f"member {member.id} copies member {donor}: {readable(hyper)}", file=sys.stderr)
-        return {"member": member.id, "donor": donor, "hyper": hyper, "seed": int(rng.integers(2**31))}
-
     def finish(self, leg, result):
-        """Record a leg's result, and delete the checkpoints that no next leg starts from."""
-        if "error" not in result and (result["signal"] or not self.checkpoint(leg["leg"]).exists()):
-            result = {"error": f"{leg['leg']} ended without a checkpoint, signal {result['signal']}"}
+        """Record a leg's result, and delete the checkpoints that no next leg starts from. A leg that failed is run once
+        more, since its machine may have died. A member that fails twice has a damaged checkpoint, or hyperparameters
+        with which it diverges each time: the next decision makes it a copy."""
+        name, member = leg["leg"], leg["member"]
+        if "error" not in result and (result["signal"] or not self.checkpoint(name).exists()):
+            result = {"error": f"{name} ended without a checkpoint, signal {result['signal']}"}
         if "error" in result:
-            self.failed(leg, result)
+            if result.get("mistake") and not self.legs:
+                raise UserError(result["error"])
+            say(f"member {member}: {result['error']}")
+            self.record("failed", member=member, leg=name, error=result["error"])
             return
         returns = [x for x in result["returns"] if math.isfinite(x)]  # raw rewards, however a script scales them
-        score = statistics.fmean(returns) if returns else None
-        if score is None:
-            say(f"{leg['leg']}: no episode ended; --interval should be several episodes of each environment long")
-        self.record("leg", **leg, step=result["step"], score=score)
-        text = readable({"member": leg["member"], "step": result["step"], "score": score} | leg["hyper"])
-        tqdm.write(text, file=sys.stderr)
+        if not returns:
+            say(f"{name}: no episode ended; --interval should be several episodes of each environment long")
+        outcome = {"step": result["step"], "score": statistics.fmean(returns) if returns else None}
+        self.record("leg", **leg, **outcome)
+        tqdm.write(readable({"member": member} | outcome | leg["hyper"]), file=sys.stderr)
         self.bar.update(sum(m.step for m in self.members.values()) - self.bar.n)
         # The event is on the disk by now. So a launcher that is killed here does not miss what it has deleted.
         for unused in self.legs.keys() - {m.leg for m in self.members.values()} - {self.best}:
             self.checkpoint(unused).unlink(missing_ok=True)
 
-    def failed(self, leg, result):
-        """A failed leg is run once more, since its machine may have died. A member that fails twice has a damaged
-        checkpoint, or hyperparameters with which it diverges each time: the next decision makes it a copy."""
-        if result.get("mistake") and not self.legs:
-            raise UserError(result["error"])
-        say(f"member {leg['member']}: {result['error']}")
-        self.record("failed", member=leg["member"], leg=leg["leg"], error=result["error"])
-
-    # ---- the memory --------------------------------------------------------------------------------------------------
-
     def apply(self, event):
         """Fold one event, a dict as in events.jsonl, into the state."""
-        m = self.members[event["member"]] if "member" in event else None
+        m = self.members.get(event.get("member"))
         if event["event"] == "leg":
             self.legs[event["leg"]] = event
             m.leg, m.step, m.score = event["leg"], event["step"], event["score"]
@@ -434,8 +409,8 @@ class Population:
             before = {j: replace(m) for j, m in self.members.items()}  # in async mode a donor may become a copy, too
             for copy in event["copies"]:
                 m, donor = self.members[copy["member"]], before[copy["donor"]]
-                m.hyper, m.seed, m.score, m.failures = copy["hyper"], copy["seed"], None, 0
-                m.leg, m.step = donor.leg, donor.step
+                m.leg, m.step, m.hyper, m.seed = donor.leg, donor.step, copy["hyper"], copy["seed"]
+                m.score, m.failures = None, 0
             for j in event["members"]:
                 self.members[j].waiting = False
             self.decisions += 1
@@ -446,7 +421,7 @@ class Population:
     def __enter__(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "events.jsonl", "a+b")
+            self.file = open(self.folder / "events.jsonl", "a")
             lock(self.file)
         except OSError as error:
             busy = isinstance(error, BlockingIOError)
@@ -468,8 +443,7 @@ class Population:
     def record(self, event, **content):
         """Append an event to events.jsonl, wait until it is on the disk, then apply it as a resumed launcher would."""
         line = json.dumps({"event": event} | content)
-        self.file.write(line.encode() + b"\n")
-        self.file.flush()
+        print(line, file=self.file, flush=True)
         os.fsync(self.file.fileno())
         self.apply(json.loads(line))
 
@@ -490,7 +464,7 @@ def readable(values):
 
 
 def command_line(flags):
-    return [f"--{name.replace('_', '-')}={x}" for name, x in flags.items()]
+    return [f"--{name.replace('_', '-')}={x}" for name, x in flags.items() if x is not None]
 
 
 def read_events(folder):
@@ -513,10 +487,7 @@ def load_population(folder):
         raise UserError(f"{folder} holds no population")
     if events[0].get("args", {}).keys() != {f.name for f in fields(Args)}:
         raise UserError(f"the population in {folder} is of another version of {SCRIPT}.py")
-    population = Population(Args(**events[0]["args"]))
-    for event in events:
-        population.apply(event)
-    return population
+    return Population(Args(**events[0]["args"]), events)
 
 
 def winners_schedule(population):
@@ -527,11 +498,11 @@ def winners_schedule(population):
     return [[leg["step"], leg["hyper"]] for leg in chain] + [[sys.maxsize, chain[-1]["hyper"]]]  # and so to the end
 
 
-# ==== Legs: what happens in a slot ====================================================================================
+# ==== Legs, and the slots in which they run ===========================================================================
 
 
 class Script:
-    """A training script with train(args), evaluate(args) and parse_args(argv)."""
+    """A training script with train(args), evaluate(args) and parse_args(argv), where its legs run."""
 
     def __init__(self, path):
         self.path, self.module = path, None
@@ -572,25 +543,37 @@ class Script:
                 text = f"it ends with status {error} at {shlex.join(request.get('check') or request['train'])}"
             return {"error": f"{Path(self.path).name}: {text}", "mistake": kind in ("UserError", "SystemExit")}
 
+    def serve(self, pipe, gpu):
+        """The process of a LocalSlot. When the launcher dies, it kills its group, so that nothing is left behind."""
+        os.setsid()  # a group of its own, which Ctrl-C in the terminal does not reach
+        launcher = multiprocessing.parent_process()
+        threading.Thread(target=lambda: (launcher.join(), os.killpg(0, signal.SIGKILL)), daemon=True).start()
+        for number in range(3):
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        with contextlib.suppress(Exception, SystemExit):  # answer will tell of it
+            self.load()  # while the launcher starts
+        while True:
+            pipe.send(self.answer(pipe.recv()))
+
 
 def check_flags(population, slot, signals):
     """Let the script itself read the flags of a first leg, before anything is written: both ends of each prior, since a
     bound that the script refuses might be drawn only after hours, then the first draws. A slot does it, because only
     where legs run is there a GPU, say. Raises UserError."""
-    first, trials = population.members[0], []
+    trials = []
     for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
-    for name, hyper in [*trials, *(("", m.hyper) for m in population.members.values())]:
+    trials += [("", m.hyper) for m in population.members.values()]
+    for culprit, hyper in trials:
         while not slot.available() and not signals:
             time.sleep(0.01)
-        slot.start({"check": population.next_leg(replace(first, hyper=hyper))[1]["train"]})
+        slot.start({"check": population.next_leg(replace(population.members[0], hyper=hyper))[1]["train"]})
         while (answer := slot.poll()) is None and not signals:
             time.sleep(0.01)
         if answer and "error" in answer:
-            raise UserError(name + answer["error"])
-
-
-# ==== Slots: where legs run ===========================================================================================
+            raise UserError(culprit + answer["error"])
 
 
 class LocalSlot:
@@ -610,9 +593,9 @@ class LocalSlot:
         if self.process is None or not self.process.is_alive():
             context = multiprocessing.get_context("spawn")  # a fork would inherit the other slots' pipes
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=serve, args=(theirs, self.script, self.gpu))
+            self.process = context.Process(target=Script(self.script).serve, args=(theirs, self.gpu))
             self.process.start()
-            theirs.close()
+            theirs.close()  # now the pipe ends when the process does
         return True
 
     def start(self, request):
@@ -636,22 +619,6 @@ class LocalSlot:
         self.process.join()
 
 
-def serve(pipe, path, gpu):
-    """The process of a LocalSlot. When the launcher dies, it kills its group, so that nothing is left behind."""
-    os.setsid()  # a group of its own, which Ctrl-C in the terminal does not reach
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait([parent]), os.killpg(0, signal.SIGKILL)), daemon=True).start()
-    for number in range(3):
-        os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    if gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    script = Script(path)
-    with contextlib.suppress(Exception, SystemExit):  # import it while the launcher starts; answer tells of an error
-        script.load()
-    while True:
-        pipe.send(script.answer(pipe.recv()))
-
-
 # ==== Ray: slots on many machines =====================================================================================
 
 
@@ -659,8 +626,8 @@ class RaySlot:
     """An actor on a Ray cluster, with a LocalSlot's interface. It is lost with its worker or node, and then made anew.
     It imports the script once, where a task would for every leg; and no leg's clock runs while it waits for room."""
 
-    def __init__(self, args):
-        self.args, self.ray, self.actor = args, sys.modules["ray"], None
+    def __init__(self, ray, args):
+        self.ray, self.args, self.actor = ray, args, None
 
     def available(self):
         """Can a leg start here now? Not while the cluster has no room for the actor."""
@@ -694,13 +661,12 @@ def ray_slots(args):
     try:
         import ray
 
-        if address and ":" in address:
+        if address and ":" in address:  # where nobody listens, a socket knows at once
             host, port = address.rsplit(":", 1)
             socket.create_connection((host, int(port)), timeout=10).close()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # while Ray tries, it warns once a second
-        if not ray.is_initialized():
-            how = {"address": address} if address else {"address": "local", "include_dashboard": False}
-            ray.init(**how, log_to_driver=False, logging_level="ERROR")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # while Ray tries, it warns
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(address or "local", ignore_reinit_error=True, **quiet)
     except ImportError:
         raise UserError("--executor ray needs the package: pip install ray==2.60.0") from None
     except Exception as error:
@@ -724,55 +690,51 @@ def ray_slots(args):
             pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             if not ray.get(seen.options(scheduling_strategy=pinned).remote()):
                 raise UserError(f"node {node['NodeManagerAddress']} does not see {parent} and {script}: share them")
-    return [RaySlot(args) for _ in range(args.slots)]
+    return [RaySlot(ray, args) for _ in range(args.slots)]
 
 
 # ==== Figures =========================================================================================================
 
 
-def save(figure, axis, path, key):
-    """key: {label: style} of the legend."""
-    for label, style in key.items():
-        axis.plot([], [], label=label, **style)
-    axis.set(xlabel="environment steps")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
-
-
 def draw(population):
     """lineage.png: who copied whom, and with what score. schedule.png: the hyperparameters of all members. In both, the
     legs that led to the best score stand out; --replay trains what they did."""
-    import matplotlib.pyplot as plt  # here, because it is slow to import
+    from matplotlib.cm import ScalarMappable  # here, because they are slow to import
+    from matplotlib.figure import Figure
 
-    plt.switch_backend("Agg")
-    plt.close("all")
     legs, winner, searched = population.legs, set(population.lineage(population.best)), population.hyperparameters
     begin = {name: legs[leg["source"]]["step"] if leg["source"] else 0 for name, leg in legs.items()}
     scores = [leg["score"] for leg in legs.values() if leg["score"] is not None]
-    colours = plt.cm.ScalarMappable(plt.Normalize(min(scores), max(scores)), "viridis")
+    colours = ScalarMappable(cmap="viridis")
+    colours.set_clim(min(scores), max(scores))
 
-    figure, axis = plt.subplots(figsize=(10, 0.45 * len(population.members) + 2), layout="constrained")
-    for name, leg in legs.items():
-        row, donor = leg["member"], legs[leg["source"]]["member"] if leg["source"] else leg["member"]
-        colour = colours.to_rgba(leg["score"]) if leg["score"] is not None else "0.8"
-        style = {"color": colour, "lw": 9 if name in winner else 3, "solid_capstyle": "butt"}
-        axis.plot([begin[name], leg["step"]], [row, row], **style)
-        if donor != row:
-            arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "shrinkA": 0, "shrinkB": 0}
-            arrow |= {"color": "C3" if name in winner else "0.5"}
-            axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=arrow)
+    def save(axis, name, key):  # key: {label: style} of the legend
+        for label, style in key.items():
+            axis.plot([], [], label=label, **style)
+        axis.set(xlabel="environment steps")
+        axis.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        axis.figure.savefig(population.folder / name, dpi=110)
+
+    axis = Figure((10, 0.45 * len(population.members) + 2), layout="constrained").subplots()
     axis.set(title="Who copied whom", ylabel="member", yticks=sorted(population.members))
-    figure.colorbar(colours, ax=axis, label="score of the leg")
+    axis.figure.colorbar(colours, ax=axis, label="score of the leg")
+    for name, leg in legs.items():
+        row, donor = leg["member"], legs.get(leg["source"], leg)["member"]
+        style = {"color": "0.8" if leg["score"] is None else colours.to_rgba(leg["score"]), "solid_capstyle": "butt"}
+        axis.plot([begin[name], leg["step"]], [row, row], lw=9 if name in winner else 3, **style)
+        if donor != row:
+            arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "color": "C3" if name in winner else "0.5"}
+            axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=arrow)
     key = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
     key["copy, from donor to member (red: on that way)"] = {"color": "0.5", "marker": ">"}
-    save(figure, axis, population.folder / "lineage.png", key)
+    save(axis, "lineage.png", key)
     if not searched:
         return
 
-    size = (10, 2.2 * len(searched) + 1)
-    figure, axes = plt.subplots(len(searched), figsize=size, squeeze=False, sharex=True, layout="constrained")
+    figure = Figure((10, 2.2 * len(searched) + 1), layout="constrained")
+    axes = figure.subplots(len(searched), squeeze=False, sharex=True)[:, 0]
     thick, thin = {"color": "C3", "lw": 3, "zorder": 3}, {"color": "0.6", "lw": 1}
-    for h, axis in zip(searched, axes[:, 0], strict=True):
+    for h, axis in zip(searched, axes, strict=True):
         for name, leg in legs.items():
             x = leg["hyper"][h.name]
             y = h.choices.index(x) if h.kind == "cat" else h.flip(x)
@@ -780,9 +742,8 @@ def draw(population):
         axis.set(ylabel=h.name if h.flip(0) == 0 else f"1 - {h.name}", yscale="log" if h.kind == "log" else "linear")
         if h.kind == "cat":
             axis.set_yticks(range(len(h.choices)), h.choices)
-    axes[0, 0].set(title="Hyperparameters over time")
-    key = {"the way to the best score": thick, "other legs": thin}
-    save(figure, axes[-1, 0], population.folder / "schedule.png", key)
+    axes[0].set(title="Hyperparameters over time")
+    save(axes[-1], "schedule.png", {"the way to the best score": thick, "other legs": thin})
 
 
 # ==== Plumbing: errors, signals, arguments, entry =====================================================================
@@ -843,8 +804,7 @@ def cli(argv) -> Args:
 
 
 # Flags about this process, which may change with --resume; and the script's flags that only the launcher sets.
-PROCESS_ONLY = {"resume", "run_dir", "slots", "gpus", "leg_timeout", "executor", "ray_address"}
-PROCESS_ONLY |= {"num_cpus", "num_gpus"}
+PROCESS_ONLY = {"resume", "run_dir", "slots", "gpus", "leg_timeout", "executor", "ray_address", "num_cpus", "num_gpus"}
 OURS = {"env_id", "total_timesteps", "stop_at_step", "seed", "checkpoint_every", "run_dir", "resume", "evaluate"}
 
 
