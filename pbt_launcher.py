@@ -533,7 +533,7 @@ class Script:
                 os.dup2(log.fileno(), 1)  # what the script prints
                 os.dup2(log.fileno(), 2)
             summary = script.train(script.parse_args(request["train"]))
-            if "evaluate" in request:
+            if "evaluate" in request:  # fresh episodes tell more than those of training
                 summary |= {"returns": script.evaluate(script.parse_args(request["evaluate"]))["returns"]}
             return {"step": summary["global_step"], "returns": summary["returns"], "signal": summary["signal"]}
         except (Exception, SystemExit) as error:
@@ -585,7 +585,7 @@ class LocalSlot:
         # Python clears up the semaphores of a process that was killed, and need not warn of each.
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
         devices = args.gpus.split(",") if args.gpus else [None]
-        self.script, self.gpu, self.process = args.script, devices[index % len(devices)], None
+        self.script, self.gpu, self.process = Script(args.script), devices[index % len(devices)], None
         self.available()
 
     def available(self):
@@ -593,7 +593,7 @@ class LocalSlot:
         if self.process is None or not self.process.is_alive():
             context = multiprocessing.get_context("spawn")  # a fork would inherit the other slots' pipes
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=Script(self.script).serve, args=(theirs, self.gpu))
+            self.process = context.Process(target=self.script.serve, args=(theirs, self.gpu))
             self.process.start()
             theirs.close()  # now the pipe ends when the process does
         return True
@@ -664,7 +664,7 @@ def ray_slots(args):
         if address and ":" in address:  # where nobody listens, a socket knows at once
             host, port = address.rsplit(":", 1)
             socket.create_connection((host, int(port)), timeout=10).close()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # while Ray tries, it warns
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # while Ray tries, it warns, and we want one line
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
         ray.init(address or "local", ignore_reinit_error=True, **quiet)
     except ImportError:
@@ -722,7 +722,7 @@ def draw(population):
         row, donor = leg["member"], legs.get(leg["source"], leg)["member"]
         style = {"color": "0.8" if leg["score"] is None else colours.to_rgba(leg["score"]), "solid_capstyle": "butt"}
         axis.plot([begin[name], leg["step"]], [row, row], lw=9 if name in winner else 3, **style)
-        if donor != row:
+        if donor != row:  # the first leg of a copy
             arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "color": "C3" if name in winner else "0.5"}
             axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=arrow)
     key = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
@@ -737,7 +737,7 @@ def draw(population):
     for h, axis in zip(searched, axes, strict=True):
         for name, leg in legs.items():
             x = leg["hyper"][h.name]
-            y = h.choices.index(x) if h.kind == "cat" else h.flip(x)
+            y = h.choices.index(x) if h.kind == "cat" else h.flip(x)  # as it is searched
             axis.plot([begin[name], leg["step"]], [y, y], **(thick if name in winner else thin))
         axis.set(ylabel=h.name if h.flip(0) == 0 else f"1 - {h.name}", yscale="log" if h.kind == "log" else "linear")
         if h.kind == "cat":
