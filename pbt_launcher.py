@@ -117,9 +117,8 @@ def ranked(scores):
 
 
 def exploit(scores, args, rng):
-    """Who copies whom: {loser: donor}. scores: {member: score}. A member without a score has finished no leg
-    yet, or none since it became a copy; or no episode ended in its leg, perhaps because it does well. Nothing is known
-    of it, so it is left alone."""
+    """Who copies whom: {loser: donor}. scores: {member: score}. A member with None is left alone. Nothing is known of
+    it: it has ended no leg yet, or none as this copy, or no episode ended in its leg, perhaps because it does well."""
     if args.quantile == 0 or args.replay:  # random search, or a schedule that is known
         return {}
     scores = {m: x for m, x in scores.items() if x is not None}
@@ -502,7 +501,7 @@ def winners_schedule(population):
 
 
 class Script:
-    """A training script with train(args), evaluate(args) and parse_args(argv), where its legs run."""
+    """A training script in the process that runs its legs: it has train(args), evaluate(args) and parse_args(argv)."""
 
     def __init__(self, path):
         self.path, self.module = path, None
@@ -699,14 +698,12 @@ def ray_slots(args):
 def draw(population):
     """lineage.png: who copied whom, and with what score. schedule.png: the hyperparameters of all members. In both, the
     legs that led to the best score stand out; --replay trains what they did."""
-    from matplotlib.cm import ScalarMappable  # here, because they are slow to import
-    from matplotlib.figure import Figure
+    import matplotlib.figure  # here, because it is slow to import
 
     legs, winner, searched = population.legs, set(population.lineage(population.best)), population.hyperparameters
     begin = {name: legs[leg["source"]]["step"] if leg["source"] else 0 for name, leg in legs.items()}
     scores = [leg["score"] for leg in legs.values() if leg["score"] is not None]
-    colours = ScalarMappable(cmap="viridis")
-    colours.set_clim(min(scores), max(scores))
+    colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(scores), max(scores)), "viridis")
 
     def save(axis, name, key):  # key: {label: style} of the legend
         for label, style in key.items():
@@ -715,7 +712,7 @@ def draw(population):
         axis.figure.legend(loc="outside lower center", ncols=4, frameon=False)
         axis.figure.savefig(population.folder / name, dpi=110)
 
-    axis = Figure((10, 0.45 * len(population.members) + 2), layout="constrained").subplots()
+    axis = matplotlib.figure.Figure((10, 0.45 * len(population.members) + 2), layout="constrained").subplots()
     axis.set(title="Who copied whom", ylabel="member", yticks=sorted(population.members))
     axis.figure.colorbar(colours, ax=axis, label="score of the leg")
     for name, leg in legs.items():
@@ -731,7 +728,7 @@ def draw(population):
     if not searched:
         return
 
-    figure = Figure((10, 2.2 * len(searched) + 1), layout="constrained")
+    figure = matplotlib.figure.Figure((10, 2.2 * len(searched) + 1), layout="constrained")
     axes = figure.subplots(len(searched), squeeze=False, sharex=True)[:, 0]
     thick, thin = {"color": "C3", "lw": 3, "zorder": 3}, {"color": "0.6", "lw": 1}
     for h, axis in zip(searched, axes, strict=True):
