@@ -231,7 +231,8 @@ def train(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     with contextlib.ExitStack() as at_the_end:
-        slots = [LocalSlot(i, args) for i in range(args.slots)] if args.executor == "local" else ray_slots(args)
+        count = min(args.slots, args.population)
+        slots = [LocalSlot(i, args) for i in range(count)] if args.executor == "local" else ray_slots(args, count)
         at_the_end.callback(lambda: [slot.kill() for slot in slots])
         check_flags(population, slots[0], signals)
         at_the_end.enter_context(population)
@@ -652,7 +653,7 @@ class RaySlot:
             self.actor = None
 
 
-def ray_slots(args):
+def ray_slots(args, count):
     """Slots on a cluster that runs, or on one that is started here. Raises UserError where that cannot work."""
     address, stderr = args.ray_address, os.dup(2)
     if address:  # Ray would try a dead address for minutes; one attempt takes 40 s at most
@@ -689,7 +690,7 @@ def ray_slots(args):
             pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             if not ray.get(seen.options(scheduling_strategy=pinned).remote()):
                 raise UserError(f"node {node['NodeManagerAddress']} does not see {parent} and {script}: share them")
-    return [RaySlot(ray, args) for _ in range(args.slots)]
+    return [RaySlot(ray, args) for _ in range(count)]
 
 
 # ==== Figures =========================================================================================================
@@ -827,7 +828,7 @@ def check_args(args):
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
-    if not Path(args.script).is_file():
+    if not Path(args.script).is_file() or not args.script.endswith(".py"):
         raise UserError(f"there is no script {args.script}")
     goes_with = {"gpus": ("executor", "local"), "eval_episodes": ("score", "evaluation")}
     goes_with |= dict.fromkeys(("ray_address", "num_cpus", "num_gpus"), ("executor", "ray"))
@@ -862,7 +863,7 @@ def main(argv=None) -> int:
         if result["signal"]:
             say(f"to go on:    python {SCRIPT}.py {shlex.join(['--resume', *(x for x in argv if x != '--resume')])}")
         elif result["leg"]:
-            say(f"to evaluate: python {args.script} --evaluate {result['best']}")
+            say(f"to evaluate: python {args.script} --evaluate {shlex.quote(result['best'])}")
         show(json.dumps(result), sys.stdout)
         return 128 + result["signal"] if result["signal"] else 0
     except BrokenPipeError:  # `--help | head -1` has read enough

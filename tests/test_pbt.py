@@ -827,6 +827,8 @@ def test_a_mistake_that_only_the_first_leg_shows_leaves_a_folder_that_is_free(tm
 
 def test_scripts_that_cannot_be_members(tmp_path):
     assert "there is no script no_such_script.py" in refused(tmp_path / "a", *SMALL, script="no_such_script.py")
+    (tmp_path / "notes.txt").touch()
+    assert "there is no script" in refused(tmp_path / "a", *SMALL, script=str(tmp_path / "notes.txt"))
     sources = {"import no_such_module": "ModuleNotFoundError: No module named 'no_such_module'"}
     sources |= {"x = 1": "has no attribute 'parse_args'", "import sys; sys.exit(3)": "it ends with status 3"}
     argparse = "import argparse\nparse_args = lambda argv: argparse.ArgumentParser().parse_args(argv)"
@@ -1021,3 +1023,15 @@ def test_two_ray_nodes_one_of_them_killed(tmp_path):
     finished(tmp_path / "b", *SMALL)
     a, b = (sorted((e["member"], e["step"], e["score"]) for e in events(tmp_path / x, "leg")) for x in "ab")
     assert a == b
+
+
+def test_no_more_slots_are_made_than_there_are_members(tmp_path):
+    made = []
+
+    class Counted(Inline):
+        def __init__(self, index, args):
+            made.append(index)
+            super().__init__(index, args)
+
+    finished(tmp_path / "a", *SMALL, "--slots", 40, slot=Counted)
+    assert made == [0, 1, 2, 3]
