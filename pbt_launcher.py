@@ -29,7 +29,7 @@ follows from them. So --resume goes on after any death, with the same decisions 
         --mutate learning_rate:log:1e-5:1e-3 --mutate clip_coef:lin:0.1:0.4
     python pbt_launcher.py ppo_clip.py ... --resume              # the same command goes on where it was broken off
     python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: no copies, unless a member fails
-    python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/again --replay pbt/hopper
+    python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/again --replay pbt/hopper --seed 101
     python pbt_launcher.py ppo_clip.py ... -- --num-envs 16 --num-steps 128    # after --: flags for the script
 
 A population of 8 in 2 slots takes about four times as long as two runs side by side. How to read its result: the best
@@ -87,7 +87,7 @@ class Args:
     seed: int = 1  # all draws follow from it; member j begins with seed + j
 
     score: Literal["training", "evaluation"] = "training"  # evaluation: of fresh episodes with the mean action
-    eval_episodes: int = 10  # with --score evaluation: how many, the same ones for all members
+    eval_episodes: int = 10  # with --score evaluation: how many; they have the same seed for all members
     quantile: float = 0.25  # the bottom fraction copies from the top one; 0: random search
     selection: Literal["truncation", "tournament"] = "truncation"  # tournament: each meets one other, drawn at random
     warmup: int = 0  # before this step only failed members become copies; early scores tell little
@@ -326,7 +326,7 @@ class Population:
         flags |= {"checkpoint_every": args.interval, "seed": member.seed, "run_dir": self.folder / name}
         flags |= {"num_workers": 0, "resume": member.leg and self.checkpoint(member.leg)}  # the slots are the processes
         request = {"log": f"{self.folder / name}.log", "train": command_line(flags | hyper) + args.script_flags}
-        if args.score == "evaluation":  # the same episodes for all members, and others after the next interval
+        if args.score == "evaluation":  # with the same seed for all members, and another one after the next interval
             flags = {"env_id": args.env_id, "evaluate": self.folder / name, "eval_episodes": args.eval_episodes}
             request["evaluate"] = command_line(flags | {"seed": args.seed + target})
         return leg, request
@@ -380,6 +380,7 @@ class Population:
                 raise UserError(result["error"])
             say(f"member {member}: {result['error']}")
             self.record("failed", member=member, leg=name, error=result["error"])
+            self.checkpoint(name).unlink(missing_ok=True)
             return
         returns = [x for x in result["returns"] if math.isfinite(x)]  # raw rewards, however a script scales them
         if not returns:
@@ -814,6 +815,8 @@ def parse_args(argv) -> Args:
         other = load_population(args.run_dir if args.resume else args.replay)
         if args.mutate or args.interval != other.args.interval:
             raise UserError(f"--replay {args.replay} needs --interval {other.args.interval}, and no --mutate")
+        if not args.resume and abs(args.seed - other.args.seed) < max(args.population, other.args.population):
+            raise UserError("--replay needs another --seed: with the winner's its luck would be repeated, too")
         args.mutate = other.args.mutate
         args.schedule = other.args.schedule if args.resume else winners_schedule(other)
     return args
@@ -830,11 +833,17 @@ def check_args(args):
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     if not Path(args.script).is_file() or not args.script.endswith(".py"):
         raise UserError(f"there is no script {args.script}")
-    goes_with = {"gpus": ("executor", "local"), "eval_episodes": ("score", "evaluation")}
-    goes_with |= dict.fromkeys(("ray_address", "num_cpus", "num_gpus"), ("executor", "ray"))
-    for key, (flag, value) in goes_with.items():
-        if getattr(args, key) != getattr(Args, key) and getattr(args, flag) != value:
-            raise UserError(f"--{key.replace('_', '-')} goes with --{flag} {value}")
+    copying = ("selection", "quantile", "warmup", "min_gap", "resample_probability")
+    useless = (  # when, which flags, and what to say of them
+        (args.executor != "local", ("gpus",), "goes with --executor local"),
+        (args.executor != "ray", ("ray_address", "num_cpus", "num_gpus"), "goes with --executor ray"),
+        (args.score != "evaluation", ("eval_episodes",), "goes with --score evaluation"),
+        (args.replay, copying, "does nothing with --replay, where nobody copies"),
+    )
+    for when, names, what in useless:
+        for name in names if when else ():
+            if getattr(args, name) != getattr(Args, name):
+                raise UserError(f"--{name.replace('_', '-')} {what}")
     names = [Hyperparameter.parse(text).name for text in args.mutate]
     names += [x.split("=")[0][2:].replace("-", "_") for x in args.script_flags if x.startswith("--")]
     for name in names:
