@@ -955,7 +955,8 @@ class PettingZoo:
                 make = pkgutil.resolve_name(f"{args.env_id}.parallel_env")
             except (ImportError, AttributeError, ValueError) as error:
                 root, known = args.env_id.partition(".")[0], ", ".join([*WORLDS, *GAMES])
-                missing = isinstance(error, ImportError) and root in ("mpe2", "pettingzoo", "gymnasium_robotics")
+                known_packages = "mpe2", "pettingzoo", "gymnasium_robotics"
+                missing = root in known_packages and getattr(error, "name", None) == root
                 hint = f" (pip install {root.replace('_', '-')})" if missing else ""
                 text = f"not one of {known}, nor a module with a parallel_env: {error}{hint}"
                 raise UserError(text) from error
@@ -968,8 +969,9 @@ class PettingZoo:
             self.spaces = [env.action_space(name) for name in self.names]
             self.obs_spaces = [self.seen(env.observation_space(name)) for name in self.names]
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
-        if not self.discrete and not all(isinstance(s, gym.spaces.Box) and s.is_bounded() for s in self.spaces):
-            raise UserError(f"{args.env_id} has action spaces {self.spaces}; this script does Discrete or bounded Box")
+        boxes = all(isinstance(x, gym.spaces.Box) and x.is_bounded() and x.dtype.kind == "f" for x in self.spaces)
+        if not (self.discrete or boxes):
+            raise UserError(f"{args.env_id} has actions {self.spaces}; this script does Discrete or bounded float Box")
         if any(space.shape is None or len(space.shape) > 2 for space in self.obs_spaces):
             raise UserError(f"{args.env_id} has observations {self.obs_spaces}; this script is not for images or Dicts")
         widths = np.array([gym.spaces.flatdim(space) for space in self.spaces])
@@ -979,12 +981,12 @@ class PettingZoo:
         obs_dims = [gym.spaces.flatdim(space) for space in self.obs_spaces]
         self.obs_dim, self.has_state = max(obs_dims), False
         with named_failures(lambda: f"cannot reset {args.env_id}", MISTAKES):
-            self.begin(0, seed=0)
+            self.reset([0] * copies)
             seen = [x[:n] for x, n in zip(self.views[0]["obs"], obs_dims)]
             with contextlib.suppress(NotImplementedError, AttributeError):
                 state = np.asarray(env.state(), np.float32).ravel()
                 self.has_state = not np.array_equal(state, np.concatenate(seen))  # most show all observations together
-            self.begin(0, seed=0)
+            self.reset([0] * copies)
             self.state_dim = self.views[0]["state"].size
 
     @staticmethod
@@ -1003,7 +1005,8 @@ class PettingZoo:
                 if self.discrete and np.any(own.get("action_mask", 0)):  # a mask that allows nothing is ignored
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
         env = self.envs[i]
-        view["state"] = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
+        state = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
+        view["state"] = checked(state, state.shape, None if rewards is None else 0.0)
         view["alive"] = np.array([name in env.agents for name in self.names], np.float32)
         self.views[i] = view
 
@@ -1535,13 +1538,14 @@ def check_args(args):
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
-    moves = (GAMES[args.env_id].max_plies + 1) // 2 if args.env_id in GAMES else 0
+    plies = GAMES[args.env_id].max_plies if args.env_id in GAMES else 0
     rules = {
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
         "--norm-adv needs minibatches of at least 2 samples": not args.norm_adv or batch > args.num_minibatches,
         f"--total-timesteps is shorter than one iteration of {batch} steps": args.total_timesteps >= batch,
         f"--algorithm selfplay plays {games}, the others everything else": game == (args.env_id in GAMES),
-        f"--num-steps must be at least {moves}, or a long game would never end": args.num_steps >= moves,
+        f"--num-steps must be at least {(plies + 1) // 2}, or a long game would never end": 2 * args.num_steps >= plies,
+        f"--opening-plies must be less than {plies}, or a game would be over": not game or args.opening_plies < plies,
         f"--num-envs must be a multiple of {SelfPlay.HAND} in a game": not game or args.num_envs % SelfPlay.HAND == 0,
     }
     for message, holds in rules.items():

@@ -1,5 +1,6 @@
 """ppo_multiagent.py: its worlds against the packages they rebuild, its masks and critics, self-play and its pool."""
 
+import collections
 import csv
 import itertools
 import json
@@ -891,6 +892,16 @@ def test_a_state_of_the_size_of_all_observations_is_seen_all_the_same(monkeypatc
     assert world.has_state and (world.view()["state"] == 9).all()
 
 
+def test_all_copies_of_a_world_are_probed_alike(monkeypatch):
+    """One may count its resets, and how many copies a process has must not change what they do."""
+    import toy_parallel
+
+    counts, reset = collections.Counter(), toy_parallel.Alone.reset
+    monkeypatch.setattr(toy_parallel.Alone, "reset", lambda self, seed: counts.update([id(self)]) or reset(self, seed))
+    world = ma.PettingZoo(ma.Args(env_id="toy_parallel.alone"), 3)
+    assert len(set(counts.values())) == 1 and len(counts) == len(world.envs) == 3
+
+
 def test_critics_are_shown_no_actions_that_an_agent_does_not_have():
     legal = torch.tensor([[[True, False], [True, True]]])
     world = Space(1)
@@ -920,6 +931,8 @@ def test_a_pettingzoo_episode_is_filmed(tmp_path, capsys):
         (["--env-id", "connect_four"], "--algorithm selfplay plays connect_four, the others everything else"),
         (["--algorithm", "selfplay", "--num-envs", "12"], "--num-envs must be a multiple of 8"),
         (["--algorithm", "selfplay", "--num-steps", "16"], "--num-steps must be at least 21"),
+        (["--algorithm", "selfplay", "--opening-plies", "42"], "--opening-plies must be less than 42"),
+        (["--env-id", "toy_parallel.whole_numbers"], "this script does Discrete or bounded float Box"),
         (["--env-id", "toy_parallel.pictures"], "this script is not for images"),
         (["--env-id", "toy_parallel.nested"], "this script is not for images or Dicts"),
         (
@@ -963,6 +976,7 @@ FAILURES = [
     ("nan", "step() returned [nan] and 0.0: not finite, or not of shape (1,)"),
     ("reward", "and nan: not finite"),
     ("shape", "step() returned [0. 0. 0.] and"),
+    ("state", "step() returned [inf inf inf] and 0.0: not finite"),
 ]
 
 

@@ -127,7 +127,12 @@ class Leavers(Mortals):
 
 
 class Broken(Alone):
-    """Fails in the way that its name says: toy_parallel.broken_raise, _nan, _reward, _shape."""
+    """Fails in the way that its name says: toy_parallel.broken_raise, _nan, _reward, _shape, _state."""
+
+    def state(self):
+        if self.trouble != "state":
+            raise NotImplementedError
+        return np.full(3, np.inf if self.clock == 4 else 1.0)
 
     def step(self, actions):
         if self.clock == 3 and self.trouble == "raise":
@@ -172,6 +177,12 @@ class Pictures(Alone):
     observation_spaces = {"only": Box(0, 255, (8, 8, 3), np.uint8)}
 
 
+class WholeNumbers(Alone):
+    """An agent whose Box is one of integers: refused."""
+
+    action_spaces = {"only": Box(-100, 100, (1,), np.int8)}
+
+
 class Filmed(Alone):
     """One that can be looked at."""
 
@@ -184,8 +195,10 @@ class Filmed(Alone):
         return np.full((64, 64, 3), 20 * self.clock, np.uint8)
 
 
-TROUBLE = {f"broken_{x}": type("Broken", (Broken,), {"trouble": x}) for x in ("raise", "nan", "reward", "shape")}
+TROUBLES = "raise", "nan", "reward", "shape", "state"
+TROUBLE = {f"broken_{x}": type("Broken", (Broken,), {"trouble": x}) for x in TROUBLES}
 NAMED = {"mixed": Mixed, "matrix": MatrixGame, "mortals": Mortals, "alone": Alone, "thrusters": Thrusters}
 NAMED |= {"leavers": Leavers, "pictures": Pictures, "waiting": Waiting, "nested": Nested, "filmed": Filmed}
+NAMED |= {"whole_numbers": WholeNumbers}
 for name, env in (NAMED | TROUBLE).items():
     globals()[name] = type(name, (), {"parallel_env": env})
