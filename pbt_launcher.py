@@ -50,6 +50,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -60,7 +61,6 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -775,27 +775,27 @@ def show(text, file):
 def lock(file):
     """Keep other processes out. Raises BlockingIOError if one of them was first."""
     try:
-        import fcntl  # Windows has none
+        import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:
-        if isinstance(error, BlockingIOError):
-            raise  # any other error: this file system has no locks, and we do without
+    except BlockingIOError:
+        raise BlockingIOError("another process is using it") from None
+    except (ImportError, OSError):
+        pass  # Windows has no such locks, some file systems have none: we do without
 
 
 def cli(argv) -> Args:
     """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):  # where there is no terminal it is plain
             args = tyro.cli(Args, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help
-            sys.stdout.flush()
+            show(box.getvalue(), sys.stdout)
             raise
-        lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # title, message, rule, help
-        text = dropwhile(lambda line: not line.strip("─-"), lines)
-        raise UserError(" ".join(takewhile(lambda line: line.strip("─-"), text))) from None
+        message = re.split("-{9,}", box.getvalue())[1]  # title, rule, message, rule, help
+        raise UserError(" ".join(message.split())) from None
     for key, x in vars(args).items():
         if x == "":  # --resume "$RUN", say, where RUN is not set
             raise UserError(f"--{key.replace('_', '-')} is empty")
@@ -875,9 +875,6 @@ def main(argv=None) -> int:
             say(f"to evaluate: python {args.script} --evaluate {shlex.quote(result['best'])}")
         show(json.dumps(result), sys.stdout)
         return 128 + result["signal"] if result["signal"] else 0
-    except BrokenPipeError:  # `--help | head -1` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (UserError, RunFailed, OSError) as error:
         say(error)
         return 2 if isinstance(error, UserError) else 1

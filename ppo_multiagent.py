@@ -48,6 +48,7 @@ import math
 import multiprocessing
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import sys
@@ -60,7 +61,6 @@ import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
-from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -565,7 +565,7 @@ def train(args: Args) -> dict:
     state = initial_state(team, len(names))
     run_epoch = accelerated(args, update_team, team, state, data, order, coef, args.norm_adv)
     run = Run(args, team, state, actors)
-    pool = Pool(args, **run.checkpoint.get("adapted", {})) if args.algorithm == "selfplay" else None
+    pool = Pool(args, **run.adapted) if args.algorithm == "selfplay" else None
     global_step = run.global_step
     if global_step >= run.last_step:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
@@ -905,12 +905,11 @@ def show(text, file):
 
 
 MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there
-LARGEST = np.finfo(np.float32).max  # an observation beyond it would become infinite
 
 
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
-    fits = np.shape(obs) == shape and (np.abs(obs) <= LARGEST).all()  # false for nan, too
+    fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # false for nan, and for what a float32 cannot hold
     if not fits or not math.isfinite(reward or 0.0):
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
@@ -921,20 +920,19 @@ def checked(obs, shape, reward=None):
 
 @contextlib.contextmanager
 def named_failures(describe, mistakes=()):
-    """Turn what an environment raises into one line: describe(), the call, the error, and the place in the code. Errors
-    of the kinds `mistakes` are the user's."""
+    """Turn an error into one line: describe(), and what it says. The kinds `mistakes` are the user's. Of others, which
+    are the environment's, the line also names the call and the place in the code."""
     try:
         yield
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, (UserError, RunFailed, *mistakes)):
-            kind = RunFailed if isinstance(error, RunFailed) else UserError
-            raise kind(f"{describe()}: {line}") from error
-        frames = traceback.extract_tb(error.__traceback__)
-        call = next((f.name for f in reversed(frames) if f.name in ("__init__", "reset", "step")), frames[-1].name)
-        text = f"{call}() raised {type(error).__name__}: {line}"
-        place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
-        raise RunFailed(f"{describe()}: {text} ({place})") from error
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = UserError if isinstance(error, (UserError, *mistakes)) else RunFailed
+        if not isinstance(error, (UserError, RunFailed, *mistakes)):
+            frames = traceback.extract_tb(error.__traceback__)
+            call = next((f.name for f in reversed(frames) if f.name in ("__init__", "reset", "step")), frames[-1].name)
+            place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+            text = f"{call}() raised {type(error).__name__}: {text} ({place})"
+        raise kind(f"{describe()}: {text}") from error
 
 
 def quiet_mujoco():
@@ -1053,25 +1051,23 @@ def close(*envs):
             env.close()
 
 
-def work_for_team(pipe, *args):
-    """A worker process: run TeamEnvironments(*args) as often as the parent asks for it."""
+def work(pipe, kind, *args):
+    """A worker process: run kind(*args), a part of the environments, as often as the parent asks for it."""
     # The parent gets these signals, too, and finishes its iteration first. A program that an environment starts would
     # inherit SIG_IGN, and SIGTERM could not end it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone
-        envs = ()
+    with contextlib.suppress(EOFError, OSError), contextlib.ExitStack() as stack:  # the errors: the parent is gone
         try:
-            environments = TeamEnvironments(*args)
-            envs = environments.envs
+            environments = kind(*args)
+            stack.callback(close, *environments.envs)
             while (seeds := pipe.recv()) is not None:
                 pipe.send(environments.run(seeds))
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
             pipe.recv()  # it must not be gone before the parent has asked
-        close(*envs)
 
 
 class TeamActors:
@@ -1103,7 +1099,7 @@ class TeamActors:
         try:
             for part in self.parts[1:]:
                 ours, theirs = context.Pipe()
-                process = context.Process(target=work_for_team, args=(theirs, *part), daemon=True)
+                process = context.Process(target=work, args=(theirs, TeamEnvironments, *part), daemon=True)
                 process.start()
                 self.workers.append((process, ours))
                 theirs.close()
@@ -1239,8 +1235,7 @@ class CudaGraph:
 
     Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
     records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and none of the Python runs any more: what changes from call to call must be in tensors. What the function
-    returns is then always the same tensors, with new numbers in them."""
+    back, and no Python runs: what changes must be in tensors, and what is returned are the same tensors each time."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
@@ -1270,13 +1265,11 @@ def load_checkpoint(path, env_id=None, agent=None):
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    try:
+    with named_failures(lambda: f"{path} is damaged, or no checkpoint of {SCRIPT}.py", (Exception,)):
         if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
             raise zipfile.BadZipFile
         state = torch.load(path, weights_only=True, map_location="cpu")
         script, trained_on = state["script"], state["args"]["env_id"]
-    except Exception as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     try:
@@ -1290,12 +1283,13 @@ def load_checkpoint(path, env_id=None, agent=None):
 def lock(file):
     """Keep other processes out. Raises BlockingIOError if one of them was first."""
     try:
-        import fcntl  # Windows has none
+        import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:
-        if isinstance(error, BlockingIOError):
-            raise  # any other error: this file system has no locks, and we do without
+    except BlockingIOError:
+        raise BlockingIOError("another process is using it") from None
+    except (ImportError, OSError):
+        pass  # Windows has no such locks, some file systems have none: we do without
 
 
 class Run(contextlib.ExitStack):
@@ -1306,28 +1300,26 @@ class Run(contextlib.ExitStack):
         """Choose the folder; with --resume, put the checkpoint's state in place. Writes nothing. Raises UserError."""
         super().__init__()
         self.args, self.agent, self.state, self.actors, self.signal = args, agent, state, actors, None
-        self.checkpoint, resumed = {}, None
-        if args.resume:
-            self.checkpoint, source = load_checkpoint(args.resume, args.env_id, agent), Path(args.resume)
-            folder = source if source.is_dir() else source.parent
-            resumed = folder if source in (folder, folder / "checkpoint.pt") else None  # a copy elsewhere has no folder
-        env = args.env_id.replace("/", "_").replace(":", "_")
-        name = f"{env}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir or resumed or Path("runs") / name)
-        if (self.dir / "checkpoint.pt").exists() and not (resumed and self.dir.resolve() == resumed.resolve()):
-            raise UserError(f"{self.dir} holds another run: --resume {self.dir}, or choose another --run-dir")
         self.last_step = min(args.total_timesteps, args.stop_at_step or args.total_timesteps)
-        if self.checkpoint:
-            for key, x in self.checkpoint["adam"].items():
+        self.global_step, self.wall_time, self.adapted, resumed = 0, 0.0, {}, None
+        if args.resume:
+            old, source = load_checkpoint(args.resume, args.env_id, agent), Path(args.resume)
+            resumed = source if source.is_dir() else source.parent if source.name == "checkpoint.pt" else None
+            for key, x in old["adam"].items():
                 if x.shape != state[key].shape:
                     raise UserError("the checkpoint does not fit this agent: other parameters were frozen")
                 state[key].copy_(x)
-            actors.episodes = self.checkpoint["episodes"]
-            actors.last.extend(map(tuple, self.checkpoint["last"]))
-            if args.seed == self.checkpoint["args"]["seed"]:  # another seed begins a stream of its own
-                torch.set_rng_state(self.checkpoint["rng"])
-        self.global_step, self.episodes_before = self.checkpoint.get("global_step", 0), actors.episodes
-        self.wall_time = self.wall_time_before = self.checkpoint.get("wall_time", 0.0)
+            self.global_step, self.wall_time, actors.episodes = old["global_step"], old["wall_time"], old["episodes"]
+            actors.last.extend(map(tuple, old["last"]))
+            if args.seed == old["args"]["seed"]:  # another seed begins a stream of its own
+                torch.set_rng_state(old["rng"])
+            # What the run has made of a flag's value goes on, unless the flag has a new value.
+            self.adapted = {k: x for k, x in old["adapted"].items() if old["args"].get(k) == vars(args).get(k)}
+        name = f"{re.sub('[/:]', '_', args.env_id)}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir or resumed or Path("runs") / name)
+        if (self.dir / "checkpoint.pt").exists() and not (resumed and self.dir.resolve() == resumed.resolve()):
+            raise UserError(f"{self.dir} holds another run: --resume {self.dir}, or choose another --run-dir")
+        self.episodes_before, self.wall_time_before = actors.episodes, self.wall_time
         self.start = time.perf_counter() - self.wall_time
 
     def save(self, global_step, **adapted):
@@ -1349,24 +1341,18 @@ class Run(contextlib.ExitStack):
 
     def begin(self):
         """Lock and write the folder, show the bar, listen to signals. Leaving the `with` ends it. Raises UserError."""
-        args, terminal = self.args, sys.stderr.isatty()
-        try:
+        args, path = self.args, self.dir / "progress.csv"
+        with named_failures(lambda: self.dir, (OSError, ValueError)):
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.csv = self.enter_context(open(self.dir / "progress.csv", "a+", buffering=1, newline="\n"))
+            self.csv = self.enter_context(open(path, "a+", buffering=1, newline="\n", errors="replace"))
             lock(self.csv)
             self.csv.seek(0)
-            lines = self.csv.readlines()
-            if lines and not lines[0].startswith("global_step,"):
-                raise ValueError
-            lines = lines if self.global_step else []
-            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
-        except OSError as error:
-            busy = isinstance(error, BlockingIOError)
-            raise UserError(f"{self.dir}: {'another process is using it' if busy else error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{self.csv.name} is not what this script wrote: move it away") from error
-        self.csv.truncate(len("".join(lines[:1] + kept)))  # rows past the checkpoint tell of steps that were lost
-        self.columns = "".join(lines[:1])
+            header, *rows = self.csv.readlines() or [""]
+            if header and not header.startswith("global_step,"):
+                raise UserError("progress.csv is not what this script wrote: move it away")
+            kept = [x for x in rows if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
+        self.columns = header if kept else ""
+        self.csv.truncate(len(self.columns + "".join(kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
         limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
         if args.checkpoint_every < 4 * args.num_envs * limit:
@@ -1375,18 +1361,16 @@ class Run(contextlib.ExitStack):
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
-            self.save(self.global_step, **self.checkpoint.get("adapted", {}))  # a crash at any moment can be resumed
+            self.save(self.global_step, **self.adapted)  # a crash at any moment can be resumed
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
             shutil.copy(__file__, self.dir)
-        lost = self.global_step + 1 if self.global_step else None
-        self.board = self.enter_context(SummaryWriter(self.dir, purge_step=lost))
-        shown = {"file": sys.stderr} if terminal else {"file": open(os.devnull, "w"), "mininterval": 10, "miniters": 1}
+        self.board = self.enter_context(SummaryWriter(self.dir, purge_step=self.global_step + 1))
+        shown = {} if sys.stderr.isatty() else {"file": open(os.devnull, "w"), "mininterval": 10, "miniters": 1}
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        for number in numbers:
-            self.callback(signal.signal, number, signal.getsignal(number))
-            signal.signal(number, self.stop)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -1397,11 +1381,10 @@ class Run(contextlib.ExitStack):
         charts = {"SPS": B / (self.wall_time - before)} | self.actors.statistics() | charts
         row = {"global_step": global_step, "wall_time": self.wall_time} | charts | losses
         columns = ",".join(key.split("/")[-1].lower() for key in row) + "\n"
-        if columns != self.columns:
-            if self.columns:
-                raise RunFailed(f"{self.csv.name} has other columns: resume into a new --run-dir")
-            self.csv.write(columns)
-            self.columns = columns
+        if self.columns and self.columns != columns:
+            raise RunFailed(f"{self.csv.name} has other columns: resume into a new --run-dir")
+        self.csv.write("" if self.columns else columns)
+        self.columns = columns
         print(*(f"{x:.7g}" if isinstance(x, float) else x for x in row.values()), sep=",", file=self.csv)
         for key, x in (charts | losses).items():
             tag = key if "/" in key else f"{'charts' if key in charts else 'losses'}/{key}"
@@ -1423,9 +1406,8 @@ class Run(contextlib.ExitStack):
         new = min(self.actors.episodes - self.episodes_before, 100)
         returns = [episode_return for episode_return, _ in self.actors.last][len(self.actors.last) - new :]
         result = {"global_step": global_step, **self.actors.statistics(), "returns": returns}
-        path = self.dir / "checkpoint.pt"
-        path = path if path.exists() else self.args.resume  # of which nothing is left to do
-        return result | {"checkpoint": str(path), "signal": self.signal}
+        path = self.dir / "checkpoint.pt"  # which a run that had nothing left to do has not written
+        return result | {"checkpoint": str(path if path.exists() else self.args.resume), "signal": self.signal}
 
 
 # ---- evaluation, arguments, entry ------------------------------------------------------------------------------------
@@ -1479,30 +1461,28 @@ def cli(argv) -> Args:
     """tyro's reading of the command line. Raises UserError: one line in place of tyro's box."""
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):  # where there is no terminal it is plain
             args = tyro.cli(Args, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help
-            sys.stdout.flush()
+            show(box.getvalue(), sys.stdout)
             raise
-        lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # title, message, rule, help
-        text = dropwhile(lambda line: not line.strip("─-"), lines)
-        raise UserError(" ".join(takewhile(lambda line: line.strip("─-"), text))) from None
+        message = re.split("-{9,}", box.getvalue())[1]  # title, rule, message, rule, help
+        raise UserError(" ".join(message.split())) from None
     for key, x in vars(args).items():
         if x == "":  # --resume "$RUN", say, where RUN is not set
             raise UserError(f"--{key.replace('_', '-')} is empty")
     return args
 
 
-PROCESS_ONLY = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
-EVALUATION = {"evaluate", "eval_episodes", "capture_video"}
 SELFPLAY = {"latest_prob", "opening_plies", "pool_size"}
 TEAMS = {"share_params", "team_reward", "norm_obs"}  # nothing of this is left to choose in self-play
 
 
-def parse_args(argv=None) -> Args:
+def parse_args(argv) -> Args:
     """The command line's Args; flags that are not given: defaults, or with --resume or --evaluate the checkpoint's."""
-    argv = sys.argv[1:] if argv is None else argv
+    process_only = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
+    evaluation = {"evaluate", "eval_episodes", "capture_video"}
     args = cli(argv)
     given = {x.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for x in argv if x.startswith("--")}
     default = {"compile": args.total_timesteps >= 200_000 and can_compile()}
@@ -1511,11 +1491,11 @@ def parse_args(argv=None) -> Args:
         default = load_checkpoint(source, args.env_id if "env_id" in given else None)["args"]
         if "algorithm" in given and args.algorithm != default["algorithm"]:
             raise UserError(f"{source} is of --algorithm {default['algorithm']}, not of {args.algorithm}")
-    for key in default.keys() & vars(args).keys() - given - PROCESS_ONLY - EVALUATION:
+    for key in default.keys() & vars(args).keys() - given - process_only - evaluation:
         setattr(args, key, default[key])
     useless = (  # when, which flags, and what to say of them
-        (args.evaluate, given - EVALUATION - {"env_id", "seed"}, "does nothing with --evaluate"),
-        (not args.evaluate, EVALUATION, "goes with --evaluate"),
+        (args.evaluate, given - evaluation - {"env_id", "seed"}, "does nothing with --evaluate"),
+        (not args.evaluate, evaluation, "goes with --evaluate"),
         (args.algorithm == "selfplay", TEAMS, "does nothing with --algorithm selfplay"),
         (args.algorithm != "selfplay", SELFPLAY, f"does nothing with --algorithm {args.algorithm}"),
         (args.algorithm != "mappo", {"critic_input"}, "goes with --algorithm mappo"),
@@ -1557,7 +1537,7 @@ def check_args(args):
         raise UserError("--compile needs a C++ compiler and Python's headers (python3-dev); or give --no-compile")
 
 
-def main(argv=None) -> int:
+def main(argv) -> int:
     try:
         args = parse_args(argv)
         check_args(args)
@@ -1573,9 +1553,6 @@ def main(argv=None) -> int:
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
         show(json.dumps(result), sys.stdout)
         return 128 + result["signal"] if result.get("signal") else 0
-    except BrokenPipeError:  # `--help | head -1` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (UserError, RunFailed, OSError) as error:
         say(error)
         return 2 if isinstance(error, UserError) else 1
@@ -1585,4 +1562,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

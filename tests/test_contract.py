@@ -411,6 +411,15 @@ def test_numbers_out_of_range_and_unreadable_flags(trainer, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unreadable_flag_is_one_plain_line_on_a_terminal_too(trainer, monkeypatch, capsys):
+    """tyro colours its box where there is a terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert run(trainer, "--gamma", "x", small=[]) == 2
+    err = one_line(capsys, trainer.__name__)
+    assert err == f"{trainer.__name__}.py: Error parsing --gamma: could not convert string to float: 'x'\n"
+
+
 def test_the_ends_of_a_range_are_allowed(trainer):
     for text in ("--seed 0", "--gamma 0", "--gamma 1", "--gae-lambda 0", "--gae-lambda 1", "--num-workers 0"):
         trainer.check_args(trainer.parse_args(text.split()))
