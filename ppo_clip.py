@@ -26,7 +26,7 @@ Why the min: updates for other samples can push a ratio the wrong way, say to r_
 term is flat there and would leave it so. The unclipped term is smaller, so the min picks it, and its gradient pushes
 r_t back up. Clipping takes away an incentive, but bounds nothing (Engstrom et al. 2020): watch `kl` and `clipfrac`.
 
-The paper does not mention these. The first two matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
+The paper's MuJoCo runs lack these. The first two matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
 - Observations and rewards are scaled by running statistics, which are saved with the model.
 - Layers start orthogonal, advantages are normalised by minibatch, gradients are clipped, the rate falls linearly to 0.
 - A time limit is not the end of the world: V of the last state stands for the rewards that nobody saw.
@@ -51,7 +51,9 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -144,7 +146,8 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # a constant has no scale: 1
+        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # else it is rounding, and a constant has no scale: 1
+        self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
 
     def forward(self, x):
         return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
@@ -253,7 +256,7 @@ class Environments:
             # another size may be rounded differently, and the number of processes must not change a run.
             all_obs = np.zeros(self.rollout["obs"].shape[1:], np.float32)  # (N, D)
             for i, seed in enumerate(seeds[self.part]):
-                np.random.seed(int(seed))  # noqa: NPY002 (some environments draw from the global generator)
+                seed_globals(seed)
                 self.begin_episode(i, 0, seed=int(seed))
             for t in range(len(self.noise)):
                 obs[t] = all_obs[self.part] = self.obs
@@ -490,7 +493,7 @@ def named_failures(describe, mistakes=()):
     are the environment's, the line also names the call and the place in the code."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = UserError if isinstance(error, (UserError, *mistakes)) else RunFailed
         if not isinstance(error, (UserError, RunFailed, *mistakes)):
@@ -499,6 +502,12 @@ def named_failures(describe, mistakes=()):
             place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
             text = f"{call}() raised {type(error).__name__}: {text} ({place})"
         raise kind(f"{describe()}: {text}") from error
+
+
+def seed_globals(seed):
+    """Some environments draw from the global generators. (torch's is the run's own.)"""
+    np.random.seed(int(seed) % 2**32)  # noqa: NPY002
+    random.seed(int(seed))
 
 
 def quiet_mujoco():
@@ -529,7 +538,7 @@ def make_env(env_id, **kwargs):
 
 def close(*envs):
     for env in envs:
-        with contextlib.suppress(Exception):  # nothing depends on it any more
+        with contextlib.suppress(Exception, SystemExit):  # nothing depends on it any more
             env.close()
 
 
@@ -886,7 +895,8 @@ def evaluate(args) -> dict:
     """Run the checkpoint's policy without noise, on the CPU. Returns mean, std and raw returns. Raises UserError."""
     torch.set_num_threads(1)
     env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    agent, noise, returns = Agent(env.observation_space.shape[0], env.action_space), 0.0, []
+    shape, noise, returns = env.observation_space.shape, 0.0, []
+    agent = Agent(shape[0], env.action_space)
     checkpoint = load_checkpoint(args.evaluate, args.env_id, agent)
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
     with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
@@ -894,12 +904,14 @@ def evaluate(args) -> dict:
             path = Path(args.evaluate)
             folder, name = (path if path.is_dir() else path.parent) / "videos", f"step-{checkpoint['global_step']}"
             env = gym.wrappers.RecordVideo(env, str(folder), lambda n: True, name_prefix=name, disable_logger=True)
-        while len(returns) < args.eval_episodes:
-            (obs, _), done, total = env.reset(seed=None if returns else args.seed), False, 0.0
+        seed_globals(args.seed)
+        for episode in tqdm(range(args.eval_episodes), unit=" episodes", disable=None):  # shown on a terminal
+            (obs, _), done, total = env.reset(seed=None if episode else args.seed), False, 0.0
+            checked(obs, shape)
             while not done:
-                obs = torch.as_tensor(checked(obs, env.observation_space.shape), dtype=torch.float32)
-                action = env_action(agent.act(obs[None], noise).numpy(), env.action_space)[0]
-                obs, reward, terminated, truncated, _ = env.step(action)
+                action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
+                obs, reward, terminated, truncated, _ = env.step(env_action(action, env.action_space)[0])
+                checked(obs, shape, float(reward))
                 done, total = terminated or truncated, total + float(reward)
             returns.append(total)
         env.close()
@@ -951,6 +963,8 @@ def check_args(args):
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0, "kl_lr_band": 1}
     highest = {"gamma": 1, "gae_lambda": 1, "clip_coef": math.inf}
     for key, x in vars(args).items():
+        if type(x).__module__ != "builtins":  # from Python: NumPy's numbers would make checkpoints unreadable
+            raise UserError(f"{key} is {x!r}: give a plain number or text")
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
@@ -975,7 +989,7 @@ def main(argv) -> int:
         result = evaluate(args) if args.evaluate else train(args)
         if not args.evaluate:
             path = Path(result["checkpoint"])
-            run_dir = path.parent if path.name == "checkpoint.pt" else path
+            run_dir = shlex.quote(str(path.parent if path.name == "checkpoint.pt" else path))
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
             longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""

@@ -48,7 +48,9 @@ import math
 import multiprocessing
 import os
 import pkgutil
+import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -183,7 +185,8 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        self.inv_std.copy_(torch.where(self.var > 1e-8, self.var, 1.0).rsqrt())  # a constant has no scale: 1
+        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # else it is rounding, and a constant has no scale: 1
+        self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
 
     def forward(self, x):
         return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
@@ -924,7 +927,7 @@ def named_failures(describe, mistakes=()):
     are the environment's, the line also names the call and the place in the code."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = UserError if isinstance(error, (UserError, *mistakes)) else RunFailed
         if not isinstance(error, (UserError, RunFailed, *mistakes)):
@@ -933,6 +936,12 @@ def named_failures(describe, mistakes=()):
             place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
             text = f"{call}() raised {type(error).__name__}: {text} ({place})"
         raise kind(f"{describe()}: {text}") from error
+
+
+def seed_globals(seed):
+    """Some environments draw from the global generators. (torch's is the run's own.)"""
+    np.random.seed(int(seed) % 2**32)  # noqa: NPY002
+    random.seed(int(seed))
 
 
 def quiet_mujoco():
@@ -1028,7 +1037,7 @@ class PettingZoo:
 
     def reset(self, seeds):
         for i, seed in enumerate(seeds):
-            np.random.seed(int(seed))  # noqa: NPY002 (some environments draw from the global generator)
+            seed_globals(seed)
             self.begin(i, int(seed))
 
     def noise(self, T):
@@ -1047,7 +1056,7 @@ class PettingZoo:
 
 def close(*envs):
     for env in envs:
-        with contextlib.suppress(Exception):  # nothing depends on it any more
+        with contextlib.suppress(Exception, SystemExit):  # nothing depends on it any more
             env.close()
 
 
@@ -1437,7 +1446,8 @@ def run_episodes(args, team, world, name):
     returns, env = [], world.envs[0]
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
     with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
-        while len(returns) < args.eval_episodes:
+        seed_globals(args.seed)
+        for _ in tqdm(range(args.eval_episodes), unit=" episodes", disable=None):  # shown on a terminal
             world.begin(0, None if returns else args.seed)
             over, total, frames = False, 0.0, []
             while not over:
@@ -1513,6 +1523,8 @@ def check_args(args):
     lowest |= {"latest_prob": 0, "opening_plies": 0, "ent_final": 0}
     highest = {"gamma": 1, "gae_lambda": 1, "latest_prob": 1, "clip_coef": math.inf}
     for key, x in vars(args).items():
+        if type(x).__module__ != "builtins":  # from Python: NumPy's numbers would make checkpoints unreadable
+            raise UserError(f"{key} is {x!r}: give a plain number or text")
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
@@ -1544,7 +1556,7 @@ def main(argv) -> int:
         result = evaluate(args) if args.evaluate else train(args)
         if not args.evaluate:
             path = Path(result["checkpoint"])
-            run_dir = path.parent if path.name == "checkpoint.pt" else path
+            run_dir = shlex.quote(str(path.parent if path.name == "checkpoint.pt" else path))
             say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
             longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""

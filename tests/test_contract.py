@@ -420,6 +420,14 @@ def test_an_unreadable_flag_is_one_plain_line_on_a_terminal_too(trainer, monkeyp
     assert err == f"{trainer.__name__}.py: Error parsing --gamma: could not convert string to float: 'x'\n"
 
 
+def test_numpys_numbers_are_refused(trainer, tmp_path):
+    """They would make checkpoints that cannot be loaded without running code."""
+    for key, x in {"gamma": np.float64(0.9), "num_steps": np.int64(64), "run_dir": tmp_path / "a"}.items():
+        with pytest.raises(trainer.UserError, match=f"{key} is .*: give a plain number or text"):
+            trainer.train(trainer.Args(**{key: x}))
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_ends_of_a_range_are_allowed(trainer):
     for text in ("--seed 0", "--gamma 0", "--gamma 1", "--gae-lambda 0", "--gae-lambda 1", "--num-workers 0"):
         trainer.check_args(trainer.parse_args(text.split()))
@@ -591,6 +599,10 @@ def test_an_environment_that_fails_in_evaluation(name, tmp_path, capsys, monkeyp
     monkeypatch.setattr(toy_envs.NoRenderMode, "step", step)
     assert script.main(["--evaluate", str(tmp_path)]) == 1
     assert "episode 0: step() raised ZeroDivisionError: a bug (test_contract.py, line " in one_line(capsys, name)
+
+    monkeypatch.setattr(toy_envs.NoRenderMode, "step", lambda self, action: (np.zeros(1), np.nan, False, False, {}))
+    assert script.main(["--evaluate", str(tmp_path)]) == 1
+    assert "episode 0: step() returned [0.] and nan: not finite" in one_line(capsys, name)
 
 
 @pytest.mark.slow
@@ -826,12 +838,12 @@ def test_a_failure_after_a_signal_is_no_clean_stop(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize("name", CONTRACT)
 def test_the_command_to_go_on_is_about_the_same_run_or_a_longer_one(name, tmp_path, capsys):
     script = importlib.import_module(name)
-    flags = ["--run-dir", tmp_path / "a"]
+    flags = ["--run-dir", tmp_path / "a b"]
     for more, end in ((["--stop-at-step", 512], ""), ([], " --total-timesteps 4096")):
         assert script.main([*small_for(script), *map(str, [*flags, *more])]) == 0
         lines = capsys.readouterr().err.splitlines()
-        assert f"{name}.py: to go on:    python {name}.py --resume {tmp_path / 'a'}{end}" in lines
-        flags = ["--resume", tmp_path / "a"]
+        assert f"{name}.py: to go on:    python {name}.py --resume '{tmp_path / 'a b'}'{end}" in lines
+        flags = ["--resume", tmp_path / "a b"]
 
 
 def test_checkpoints_that_cut_off_long_episodes_are_a_line(tmp_path, capsys):

@@ -277,10 +277,23 @@ def test_what_never_moved_is_not_scaled():
     rms = ppo_clip.RunningMeanStd(2)
     rms.update(torch.tensor([[3.0, 0.0], [3.0, 2.0]]))
     assert rms.inv_std.tolist() == [1, 1] and rms(torch.tensor([4.0, 1.0])).tolist() == [1, 0]
-    for variance, expected in ((0.99e-8, 1.0), (1.01e-8, 1.01e-8**-0.5)):
+    for mean, deviation, expected in (
+        (1, 0.99e-6, 1),
+        (1, 1.01e-6, 1 / 1.01e-6),
+        (0, 0.99e-10, 1),
+        (0, 1.01e-10, 1 / 1.01e-10),
+    ):
         rms = ppo_clip.RunningMeanStd()
-        rms.update(torch.tensor([1.0, -1.0]).double() * variance**0.5)
+        rms.update(mean + torch.tensor([1.0, -1.0]).double() * deviation)
         assert rms.inv_std.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_units_do_not_matter(unit):
+    """An environment that counts in metres or in micrometres is the same to the networks."""
+    rms, x = ppo_clip.RunningMeanStd(3), torch.randn(100, 3, dtype=torch.double)
+    rms.update(unit * x)
+    torch.testing.assert_close(rms(unit * x), ((x - x.mean(0)) / x.std(0, correction=0)).float())
 
 
 def test_statistics_travel_with_the_agent():

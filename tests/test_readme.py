@@ -121,10 +121,16 @@ def test_a_trained_policy_in_ones_own_code(tmp_path):
     script = importlib.import_module("ppo_clip")
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "256", "--num-envs", "4", "--num-steps", "64"]
     script.train(script.parse_args([*flags, "--num-workers", "0", "--run-dir", str(tmp_path / "run")]))
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT["runs.md"], flags=re.S)
+    code, training = re.findall(r"```python\n(.*?)```", TEXT["runs.md"], flags=re.S)
     names = {}
     exec(code.replace("runs/walker", str(tmp_path / "run")).replace("Walker2d-v4", "Pendulum-v1"), names)
     assert names["obs"].shape == (3,) and -17 < names["reward"] <= 0 and names["action"].shape == (1, 1)
+    small = ["--env-id", "Pendulum-v1", *flags[2:], "--gamma", "0.9", "--run-dir", str(tmp_path / "second")]
+    training = training.replace('["--env-id", "Hopper-v4", "--gamma", "0.995"]', repr(small)).replace("2000000", "512")
+    exec(training, names)
+    assert (
+        names["summary"]["global_step"] == 512 and script.load_checkpoint(tmp_path / "second")["args"]["gamma"] == 0.9
+    )
 
 
 def edits():

@@ -2,12 +2,14 @@
 
 import importlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_contract
 import torch
@@ -229,14 +231,15 @@ def test_a_program_that_an_environment_starts_in_a_worker_can_be_ended(tmp_path,
     assert [path.read_text() for path in tmp_path.glob("ended-*")] == ["-15"] * 3
 
 
-def test_numpys_global_random_numbers_follow_from_the_seed(tmp_path, monkeypatch):
-    """Environments of one's own may draw from them. A run that is resumed draws the same."""
-    import numpy as np
+@pytest.mark.parametrize("draw", [np.random.rand, lambda n: np.array([random.random()])])  # noqa: NPY002
+def test_global_random_numbers_follow_from_the_seed(draw, tmp_path, monkeypatch, capsys):
+    """Environments of one's own may draw from them. A run that is resumed draws the same, and so does an evaluation."""
     import toy_envs
 
     import ppo_clip
 
-    monkeypatch.setattr(toy_envs.NoRenderMode, "observe", lambda self: np.random.rand(1))  # noqa: NPY002
+    monkeypatch.setattr(toy_envs.NoRenderMode, "observe", lambda self: draw(1))
+    monkeypatch.setattr(toy_envs.NoRenderMode, "reward", lambda self, obs, action, t: float(draw(1)[0]))
     monkeypatch.setattr(toy_envs.NoRenderMode, "obs", np.zeros(1), raising=False)
     flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--num-workers", 2]
     run(ppo_clip, *flags, "--run-dir", tmp_path / "whole")
@@ -245,6 +248,11 @@ def test_numpys_global_random_numbers_follow_from_the_seed(tmp_path, monkeypatch
     np.random.rand(7)  # noqa: NPY002
     assert ppo_clip.main(["--resume", str(tmp_path / "parts"), "--num-workers", "2"]) == 0
     assert tensors(ppo_clip, tmp_path / "whole") == tensors(ppo_clip, tmp_path / "parts")
+    capsys.readouterr()
+    for seed in (3, 3, 2**40):
+        assert ppo_clip.main(["--evaluate", str(tmp_path / "whole"), "--seed", str(seed)]) == 0
+    first, again, other = capsys.readouterr().out.splitlines()
+    assert first == again != other
 
 
 def test_environments_are_closed_in_every_process(tmp_path, monkeypatch):
@@ -270,6 +278,7 @@ def test_environments_are_closed_in_every_process(tmp_path, monkeypatch):
 FAILURES = [
     ("Broken-step-raise", "step() raised ZeroDivisionError: a bug (toy_envs.py, line "),
     ("Broken-step-import", "step() raised ImportError: no module named physics (toy_envs.py, line "),
+    ("Broken-step-exit", "step() raised SystemExit: 0 (toy_envs.py, line "),
     ("Broken-step-shape", "step() returned [0. 0. 0.] and 1.0: not finite, or not of shape (1,)"),
     ("Broken-step-short", "step() returned 0.0 and 1.0: not finite, or not of shape (1,)"),
     ("Broken-step-nan", "step() returned [nan] and 1.0: not finite"),

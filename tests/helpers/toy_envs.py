@@ -1,6 +1,7 @@
 """Small environments where the right answer is known. `toy_envs:NAME-v0` makes gymnasium import this module first."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -176,6 +177,8 @@ class Broken(ConstantReward):
     def fail(self):
         if self.way == "raise":
             raise ZeroDivisionError("a bug\nin two lines")
+        if self.way == "exit":
+            sys.exit(0)
         if self.way == "import":
             raise ImportError("no module named physics")
         if self.way == "hang":
@@ -227,5 +230,5 @@ for cls in list(globals().values()):
 
 for call, way in [("__init__", "raise"), ("reset", "raise"), ("reset", "nan"), ("reset", "shape")]:
     gym.register(f"Broken-{call}-{way}-v0", entry_point=Broken, kwargs={"call": call, "way": way})
-for way in ("raise", "import", "shape", "short", "nan", "hang"):
+for way in ("raise", "import", "exit", "shape", "short", "nan", "hang"):
     gym.register(f"Broken-step-{way}-v0", entry_point=Broken, kwargs={"way": way})
