@@ -823,7 +823,7 @@ def parse_args(argv) -> Args:
 
 
 def check_args(args):
-    """Raise UserError for what cannot work. Numbers must be positive and finite where nothing else is said."""
+    """Raise UserError for what cannot work. A number must be positive and finite, unless it is named here."""
     lowest = dict.fromkeys(("seed", "quantile", "warmup", "min_gap", "resample_probability", "num_cpus", "num_gpus"), 0)
     highest = {"quantile": 0.5, "resample_probability": 1}
     for key, x in vars(args).items():

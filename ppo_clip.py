@@ -5,16 +5,16 @@
 # ///
 """Proximal Policy Optimization with the clipped surrogate objective (Schulman et al. 2017, arXiv 1707.06347).
 
-A policy pi(a|s) gives a probability to every action. Let it act for a while, then ask of each action: did it turn out
-better than the policy's average action in that state? The difference is the advantage A_t. The policy gradient makes
+A policy pi(a|s) gives a probability to every action. Let it act for a while, then ask of each action: how much better
+did it turn out than the policy's average action in that state? This is the advantage A_t. The policy gradient makes
 better actions more likely and worse ones less likely. But it is valid only for the policy that collected the data, and
 after one gradient step the policy is another one. Collecting is expensive, so PPO uses each batch for several epochs,
 and needs two ideas to do so safely.
 
     The ratio   r_t = pi(a_t|s_t) / pi_old(a_t|s_t)  reweights data that pi_old collected: importance sampling.
-                It is 1 when an update begins, and its gradient is then exactly the policy gradient.
+                It is 1 while pi = pi_old, and there the gradient of mean[ r_t A_t ] is exactly the policy gradient.
     The clip    Far from 1 the reweighted estimate is worthless, so the objective must not reward going there: once r_t
-                has left [1-eps, 1+eps] in the direction that A_t favours, it is flat.
+                has left [1-eps, 1+eps] in the direction that A_t favours, the objective of that sample is flat.
 
 The objective, maximised by minibatch Adam:
 
@@ -26,10 +26,10 @@ Why the min: updates for other samples can push a ratio the wrong way, say to r_
 term is flat there and would leave it so. The unclipped term is smaller, so the min picks it, and its gradient pushes
 r_t back up. Clipping takes away an incentive, but bounds nothing (Engstrom et al. 2020): watch `kl` and `clipfrac`.
 
-The paper's MuJoCo runs lack these. The first two matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
+Departures from the paper; the first two matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
 - Observations and rewards are scaled by running statistics, which are saved with the model.
-- Layers start orthogonal, advantages are normalised by minibatch, gradients are clipped, the rate falls linearly to 0.
-- A time limit is not the end of the world: V of the last state stands for the rewards that nobody saw.
+- Layers start orthogonal, advantages are normalised by minibatch, gradients are clipped, the learning rate falls to 0.
+- A time limit does not end the task: V of the last state stands for the rewards that would have followed.
 - 8 environments x 256 steps replace the paper's 1 x 2048: the same batch, collected in parallel.
 
     python ppo_clip.py --env-id Hopper-v4                               # 1M steps: one to two minutes
@@ -41,7 +41,7 @@ Expect after 1M steps (range of ten seeds): Hopper-v4 1000-3000, Walker2d-v4 130
 CartPole-v1 500 at 200 000 steps.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
-A actions (Discrete) or action dimensions (Box), P numbers that describe the policy in one state.
+A actions (Discrete) or action dimensions (Box), P = A logits (Discrete) or P = 2A means and log deviations (Box).
 """
 
 import contextlib
@@ -146,7 +146,7 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # else it is rounding, and a constant has no scale: 1
+        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
         self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
 
     def forward(self, x):
@@ -154,15 +154,15 @@ class RunningMeanStd(nn.Module):
 
 
 def mlp(inputs, outputs, output_gain, hidden=(64, 64), activation=nn.Tanh):
-    """Fully connected network, 64-64 with tanh as in PPO's paper. An orthogonal matrix keeps lengths, so signals
-    neither fade nor explode from layer to layer; the gain sqrt(2) makes up for what the activation takes away."""
+    """Fully connected network (..., inputs) -> (..., outputs), 64-64 with tanh as in PPO's paper. Orthogonal matrices
+    keep lengths, so signals neither fade nor explode; a gain of sqrt(2) makes up for what activations take away."""
     layers = []
     for n_in, n_out in pairwise((inputs, *hidden, outputs)):
         layers += [nn.Linear(n_in, n_out), activation()]
         nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
         nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, output_gain)
-    return nn.Sequential(*layers[:-1])
+    nn.init.orthogonal_(layers[-2].weight, output_gain)  # the last layer once more, with a gain of its own
+    return nn.Sequential(*layers[:-1])  # all but the activation after it
 
 
 class Agent(nn.Module):
@@ -173,11 +173,11 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n if self.discrete else np.prod(action_space.shape))
-        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first no action is preferred
+        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first all states are alike
         self.critic = mlp(obs_dim, 1, output_gain=1.0)
         if not self.discrete:
-            # One free standard deviation per action dimension, the same in all states. A network's could shrink to 0
-            # wherever the first few actions happened to do well, and the policy would stop exploring there.
+            # One free standard deviation per action dimension, the same in all states. One from a network could shrink
+            # to 0 wherever the first few actions happened to do well, and the policy would stop exploring there.
             self.log_std = nn.Parameter(torch.zeros(self.action_dim))
         self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
 
@@ -205,8 +205,8 @@ class Agent(nn.Module):
         return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape)
 
     def act(self, obs, noise):
-        """Sample actions at raw observations (N, D) by means of noise (N, A), which comes from outside, so that a run
-        has the same noise however many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
+        """Sample actions at raw observations (N, D). The caller draws the noise (N, A), so that a run's actions do not
+        depend on how many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
         parameters = self.policy_parameters(self.obs_rms(obs))
         if self.discrete:
             return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
@@ -219,7 +219,7 @@ class Agent(nn.Module):
         self.return_rms.update(rollout["discounted_return"].flatten())
 
     def forward(self, function, *args):
-        """function(agent, *args). Through it torch.func.functional_call evaluates a function at other parameters."""
+        """function(agent, *args): so functional_call(agent, parameters, (function, *args)) works for any function."""
         return function(self, *args)
 
 
@@ -227,14 +227,14 @@ class Agent(nn.Module):
 
 
 class Environments:
-    """Those of the N environments that one process runs, and where they stand between two rollouts."""
+    """The n of the N environments that one process runs, and their state between two rollouts."""
 
     def __init__(self, args, part, old_agent, noise, rollout):
-        self.part, self.gamma = part, args.gamma  # part: their slice of range(N), n of them
+        self.part, self.gamma = part, args.gamma  # part: their slice of range(N)
         self.old_agent, self.noise, self.rollout = old_agent, noise, rollout  # in memory that all processes share
         self.envs = [make_env(args.env_id) for _ in range(part.start, part.stop)]
-        self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D)
-        self.discounted_return = np.zeros(len(self.envs))
+        self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D), zeros until the first reset
+        self.discounted_return = np.zeros(len(self.envs))  # of the rewards so far: its scale is the rewards' scale
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
@@ -243,14 +243,14 @@ class Environments:
 
     @torch.inference_mode()
     def run(self, seeds=()):
-        """Run pi_old for T steps in each environment (line 3); write what happens into their columns of the rollout.
+        """Run pi_old for T steps in each environment (Algorithm 1, line 3), and record them in the rollout.
 
         next_obs is the true successor, also where an episode ends: its last observation, not the first of the next one.
         Only the policy is evaluated here. Values and log-probabilities follow in one large batch (make_batch), since no
         parameter moves during a rollout. With seeds (N,), all environments begin new episodes first.
         """
         with named_failures(lambda: "environment {}, step {} of the rollout".format(*self.at)):
-            columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # views, (T, n, ...)
+            columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # (T, n, ...), parts of its memory
             obs, next_obs, action, reward, terminated, done, discounted_return = columns
             # NOTE: every process gives the policy all N rows, zeros where the environment is not its own. Matrices of
             # another size may be rounded differently, and the number of processes must not change a run.
@@ -283,8 +283,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
-    advantage it has little noise, but it trusts V, which is wrong at first. The discounted sum of all deltas to the
-    episode's end trusts only the rewards, but is as noisy as a whole episode. lambda chooses between the two:
+    advantage it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
+    episode's end all later V cancel: it trusts only the rewards, but is as noisy as a whole episode. lambda mixes both:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
 
@@ -293,19 +293,19 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    advantage, following = torch.empty_like(delta), torch.zeros_like(delta[0])
+    advantage, next_advantage = torch.empty_like(delta), torch.zeros_like(delta[0])  # 0: V stands for all that follows
     for t in reversed(range(len(delta))):
-        following = advantage[t] = delta[t] + decay[t] * following
+        advantage[t] = next_advantage = delta[t] + decay[t] * next_advantage  # (N,)
     return advantage
 
 
 @torch.no_grad()
 def make_batch(agent, rollout, gamma, gae_lambda):
-    """All that the update needs of the rollout, the old policy and the old value, computed once. Tensors (B, ...)."""
+    """Turn a rollout (T, N, ...) into the update's data (B, ...): A_t, R_t, and what pi_old and V_old say."""
     device = agent.return_rms.mean.device
     obs, next_obs = (agent.obs_rms(rollout[key].to(device)) for key in ("obs", "next_obs"))  # (T, N, D)
     value, next_value = agent.value(obs).cpu(), agent.value(next_obs).cpu()  # (T, N)
-    reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # so that values are about 1
+    reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # (T, N), so that V is about 1
     advantage = gae(reward, value, next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
     action, parameters = rollout["action"].to(device, copy=True), agent.policy_parameters(obs)  # (T, N, A), (T, N, P)
     batch = {"obs": obs, "action": action, "old_policy": parameters, "value": value, "advantage": advantage}
@@ -318,17 +318,17 @@ def clipped_surrogate(ratio, advantage, clip_coef):
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
 
 
-def ppo_loss(agent, batch, coef, norm_adv):
+def ppo_loss(agent, minibatch, coef, norm_adv):
     """-L(theta) on one minibatch (M, ...) and a dict of scalars to log. coef: the float flags by name, as tensors."""
-    advantage = batch["advantage"]
-    if norm_adv:
+    advantage = minibatch["advantage"]  # (M,)
+    if norm_adv:  # else large rewards would mean large policy gradients, and small ones hardly any
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
 
-    policy = agent.policy(batch["obs"])
-    log_ratio = policy.log_prob(batch["action"]) - batch["logprob"]
-    ratio = log_ratio.exp()
-    policy_loss = -clipped_surrogate(ratio, advantage, coef["clip_coef"]).mean()
-    value_loss = (agent.value(batch["obs"]) - batch["return"]).square().mean()
+    policy = agent.policy(minibatch["obs"])
+    log_ratio = policy.log_prob(minibatch["action"]) - minibatch["logprob"]  # (M,)
+    ratio = log_ratio.exp()  # r_t
+    policy_loss = -clipped_surrogate(ratio, advantage, coef["clip_coef"]).mean()  # PPO eq. (7)
+    value_loss = (agent.value(minibatch["obs"]) - minibatch["return"]).square().mean()  # PPO eq. (9)
     entropy = policy.entropy().mean()
     loss = policy_loss + coef["vf_coef"] * value_loss - coef["ent_coef"] * entropy
 
@@ -338,16 +338,16 @@ def ppo_loss(agent, batch, coef, norm_adv):
     return loss, logged
 
 
-def update(agent, state, batch, coef, norm_adv):
+def update(agent, state, minibatch, coef, norm_adv):
     """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on a minibatch. state: all parameters as one
     vector, Adam's moments m and v, its step count t, and the sums of what is logged. Returns the next state.
 
-    A pure function with fixed shapes, without random numbers, that never waits for the device. So the same code runs
-    as it is, compiled, or recorded in a CUDA graph.
+    Adam is written out so that this is a pure function with fixed shapes, without random numbers, that never waits for
+    the device: it runs as it is, compiled, or recorded in a CUDA graph. m.lerp(g, 0.1) is 0.9 m + 0.1 g.
     """
 
-    def loss(vector):
-        return functional_call(agent, named_parts(agent, vector), (ppo_loss, batch, coef, norm_adv))
+    def loss(vector):  # ppo_loss with vector as the agent's parameters
+        return functional_call(agent, named_parts(agent, vector), (ppo_loss, minibatch, coef, norm_adv))
 
     grad, logged = gradient(loss, state["parameters"])
     norm = grad.norm()
@@ -366,7 +366,7 @@ def mean_kl(agent, data):
 
 def adapted_learning_rate(learning_rate, kl, target, band):
     """The next learning rate after an iteration that moved the policy by kl: halved if it moved too far, doubled if too
-    little, within [1e-5, 1e-2]. Without a band in which it may rest (band = 1) the rate never settles."""
+    little, like PPO's beta (section 4), within [1e-5, 1e-2]. Without a band to rest in (band = 1) it never settles."""
     factor = 0.5 if kl > target * band else 2.0 if kl < target / band else 1.0
     return min(max(learning_rate * factor, 1e-5), 1e-2)
 
@@ -384,14 +384,14 @@ def train(args: Args) -> dict:
     agent = Agent(env.observation_space.shape[0], env.action_space).to(device)
     actors = Actors(args, agent)
 
-    # What the update reads stays in one place and is overwritten there, as a CUDA graph demands. Hyperparameters are
-    # tensors, too: neither a schedule nor a mutation by the PBT launcher makes the compiler start again.
+    # What update() reads stays in one place and is overwritten there, as a CUDA graph demands. Hyperparameters are
+    # tensors, too, so that torch.compile need not start again when a schedule or the PBT launcher changes one.
     B = args.num_steps * args.num_envs
     coef = {f.name: torch.tensor(getattr(args, f.name), device=device) for f in fields(Args) if f.type is float}
     data = make_batch(agent, actors.rollout, args.gamma, args.gae_lambda)  # of an empty rollout: this sets the shapes
-    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
-    names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]
-    state = initial_state(agent, len(names))
+    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)  # (B/M, M)
+    names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]  # of state["sums"], in this order
+    state = initial_state(agent, len(names))  # the agent's parameters now lie in it: to write to it moves the agent
     run_epoch = accelerated(args, update, agent, state, data, order, coef, args.norm_adv)
     run = Run(args, agent, state, actors)
     global_step, learning_rate = run.global_step, run.adapted.get("learning_rate", args.learning_rate)
@@ -399,7 +399,7 @@ def train(args: Args) -> dict:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
 
-    cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    cut, over = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
     with actors, run:
         run.begin()
         while not over:
@@ -409,7 +409,7 @@ def train(args: Args) -> dict:
             coef["learning_rate"].fill_(learning_rate)
 
             # ---- collect: run pi_old for T steps in N environments (Algorithm 1, lines 2-3) --------------------------
-            rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)
+            rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)  # pi_old is the agent now
 
             # ---- estimate advantages (line 4) ------------------------------------------------------------------------
             # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
@@ -425,7 +425,7 @@ def train(args: Args) -> dict:
             state["sums"].zero_()
             for epoch in range(1, args.update_epochs + 1):  # noqa: B007 (logged below)
                 order.copy_(torch.randperm(B).view_as(order))
-                run_epoch()
+                run_epoch()  # for each row of order: state = update(agent, state, data[row], coef, norm_adv)
                 if args.target_kl is not None and mean_kl(agent, data) > args.target_kl:
                     break
             kl = mean_kl(agent, data).item()
@@ -441,7 +441,7 @@ def train(args: Args) -> dict:
             losses |= {"explained_variance": 1 - unexplained.item(), "epochs": epoch}
             run.log(global_step, B, {"learning_rate": coef["learning_rate"].item()}, losses)
             over = global_step >= run.last_step or run.signal is not None
-            cut = over or global_step % args.checkpoint_every < B
+            cut = over or global_step % args.checkpoint_every < B  # or it has just passed a multiple
             if cut:
                 run.save(global_step, learning_rate=learning_rate)
     return run.summary(global_step)
@@ -558,7 +558,7 @@ def work(pipe, kind, *args):
                 pipe.send(environments.run(seeds))
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
-            pipe.recv()  # it must not be gone before the parent has asked
+            pipe.recv()  # wait for the parent's next message: it could not be sent to a process that is gone
 
 
 class Actors:
@@ -621,7 +621,7 @@ class Actors:
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
         if failures:
             raise RunFailed(failures[0])
-        self.running *= seed is None
+        self.running *= seed is None  # 0 if new episodes have begun
         for reward, done in zip(self.rollout["reward"].numpy(), self.rollout["done"].numpy()):  # (N,), (N,)
             self.running[0] += reward
             self.running[1] += 1
@@ -660,7 +660,7 @@ def gradient(loss, vector):
     """The gradient of loss(vector)[0] at vector, and loss(vector)[1], without a history."""
     if torch.compiler.is_compiling():
         return torch.func.grad(loss, has_aux=True)(vector)
-    vector = vector.detach().requires_grad_()  # the same by autograd, which uncompiled takes little more than half
+    vector = vector.detach().requires_grad_()  # the same by autograd: little more than half the time if not compiled
     value, logged = loss(vector)
     return torch.autograd.grad(value, vector)[0], {key: x.detach() for key, x in logged.items()}
 
@@ -790,7 +790,7 @@ class Run(contextlib.ExitStack):
             actors.last.extend(map(tuple, old["last"]))
             if args.seed == old["args"]["seed"]:  # another seed begins a stream of its own
                 torch.set_rng_state(old["rng"])
-            # What the run has made of a flag's value goes on, unless the flag has a new value.
+            # What the run has adapted (a learning rate or beta, say) goes on, unless its flag now has another value.
             self.adapted = {k: x for k, x in old["adapted"].items() if old["args"].get(k) == vars(args).get(k)}
         name = f"{re.sub('[/:]', '_', args.env_id)}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or resumed or Path("runs") / name)
@@ -872,8 +872,8 @@ class Run(contextlib.ExitStack):
             show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration, or at once if that is the first one: there is
-        nothing to save. The same again kills."""
+        """The first SIGINT or SIGTERM ends the run after its iteration, but the first iteration at once, since there is
+        nothing to save yet. The same signal again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.wall_time == self.wall_time_before:
@@ -959,7 +959,7 @@ def parse_args(argv) -> Args:
 
 
 def check_args(args):
-    """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
+    """Raise UserError for values that cannot work. A number must be positive and finite, unless it is named here."""
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0, "kl_lr_band": 1}
     highest = {"gamma": 1, "gae_lambda": 1, "clip_coef": math.inf}
     for key, x in vars(args).items():

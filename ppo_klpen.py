@@ -6,9 +6,9 @@
 """Proximal Policy Optimization with a KL penalty (Schulman et al. 2017, arXiv 1707.06347, section 4).
 What separates it from ppo_clip.py, which explains the rest:  diff ppo_clip.py ppo_klpen.py
 
-Both reweight the data of pi_old by the ratio r_t, and both must keep the policy from leaving the region in which that
-is worth something. Clipping makes the objective flat out there. The penalty makes it cost something: for every state
-it charges the KL divergence, the natural distance between two distributions, at a price beta.
+Both reweight the data of pi_old by the ratio r_t, and both must keep pi close enough to pi_old for that to mean much.
+Clipping makes the objective flat farther away. The penalty makes distance cost something: in every state it charges the
+KL divergence, which measures how far one distribution is from another, at a price beta.
 
 The objective, maximised by minibatch Adam:
 
@@ -23,8 +23,8 @@ policy has travelled on the whole batch:
 
 Nothing else holds the policy back: no ratio is clipped. The KL is exact, in nats, summed over the action's dimensions
 and averaged over states. At pi = pi_old its gradient is 0 and its Hessian is the Fisher matrix F: an iteration's first
-step is the policy gradient, and from there the penalty grows as beta/2 s'Fs. This is the penalised form of TRPO, by
-first-order steps.
+step is the policy gradient, and after a step s the penalty is about beta/2 s'Fs (s' is s transposed). This is the
+penalised form of TRPO, by first-order steps.
 
 There are two ways to steer the KL, and they are not the same. beta weighs two gradients against each other: it changes
 the direction of their sum. The learning rate (--lr-schedule kl-adaptive) multiplies whatever gradient there is: it
@@ -46,7 +46,7 @@ Expect after 1M steps (range of ten seeds): Hopper-v4 1600-2800, Walker2d-v4 300
 Hopper-v4 with --gamma 0.995, of five seeds: 3000-3600.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
-A actions (Discrete) or action dimensions (Box), P numbers that describe the policy in one state.
+A actions (Discrete) or action dimensions (Box), P = A logits (Discrete) or P = 2A means and log deviations (Box).
 """
 
 import contextlib
@@ -152,7 +152,7 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # else it is rounding, and a constant has no scale: 1
+        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
         self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
 
     def forward(self, x):
@@ -160,15 +160,15 @@ class RunningMeanStd(nn.Module):
 
 
 def mlp(inputs, outputs, output_gain, hidden=(64, 64), activation=nn.Tanh):
-    """Fully connected network, 64-64 with tanh as in PPO's paper. An orthogonal matrix keeps lengths, so signals
-    neither fade nor explode from layer to layer; the gain sqrt(2) makes up for what the activation takes away."""
+    """Fully connected network (..., inputs) -> (..., outputs), 64-64 with tanh as in PPO's paper. Orthogonal matrices
+    keep lengths, so signals neither fade nor explode; a gain of sqrt(2) makes up for what activations take away."""
     layers = []
     for n_in, n_out in pairwise((inputs, *hidden, outputs)):
         layers += [nn.Linear(n_in, n_out), activation()]
         nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
         nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, output_gain)
-    return nn.Sequential(*layers[:-1])
+    nn.init.orthogonal_(layers[-2].weight, output_gain)  # the last layer once more, with a gain of its own
+    return nn.Sequential(*layers[:-1])  # all but the activation after it
 
 
 class Agent(nn.Module):
@@ -179,11 +179,11 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n if self.discrete else np.prod(action_space.shape))
-        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first no action is preferred
+        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first all states are alike
         self.critic = mlp(obs_dim, 1, output_gain=1.0)
         if not self.discrete:
-            # One free standard deviation per action dimension, the same in all states. A network's could shrink to 0
-            # wherever the first few actions happened to do well, and the policy would stop exploring there.
+            # One free standard deviation per action dimension, the same in all states. One from a network could shrink
+            # to 0 wherever the first few actions happened to do well, and the policy would stop exploring there.
             self.log_std = nn.Parameter(torch.zeros(self.action_dim))
         self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
 
@@ -211,8 +211,8 @@ class Agent(nn.Module):
         return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape)
 
     def act(self, obs, noise):
-        """Sample actions at raw observations (N, D) by means of noise (N, A), which comes from outside, so that a run
-        has the same noise however many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
+        """Sample actions at raw observations (N, D). The caller draws the noise (N, A), so that a run's actions do not
+        depend on how many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
         parameters = self.policy_parameters(self.obs_rms(obs))
         if self.discrete:
             return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
@@ -225,7 +225,7 @@ class Agent(nn.Module):
         self.return_rms.update(rollout["discounted_return"].flatten())
 
     def forward(self, function, *args):
-        """function(agent, *args). Through it torch.func.functional_call evaluates a function at other parameters."""
+        """function(agent, *args): so functional_call(agent, parameters, (function, *args)) works for any function."""
         return function(self, *args)
 
 
@@ -233,14 +233,14 @@ class Agent(nn.Module):
 
 
 class Environments:
-    """Those of the N environments that one process runs, and where they stand between two rollouts."""
+    """The n of the N environments that one process runs, and their state between two rollouts."""
 
     def __init__(self, args, part, old_agent, noise, rollout):
-        self.part, self.gamma = part, args.gamma  # part: their slice of range(N), n of them
+        self.part, self.gamma = part, args.gamma  # part: their slice of range(N)
         self.old_agent, self.noise, self.rollout = old_agent, noise, rollout  # in memory that all processes share
         self.envs = [make_env(args.env_id) for _ in range(part.start, part.stop)]
-        self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D)
-        self.discounted_return = np.zeros(len(self.envs))
+        self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D), zeros until the first reset
+        self.discounted_return = np.zeros(len(self.envs))  # of the rewards so far: its scale is the rewards' scale
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
@@ -249,14 +249,14 @@ class Environments:
 
     @torch.inference_mode()
     def run(self, seeds=()):
-        """Run pi_old for T steps in each environment (line 3); write what happens into their columns of the rollout.
+        """Run pi_old for T steps in each environment (Algorithm 1, line 3), and record them in the rollout.
 
         next_obs is the true successor, also where an episode ends: its last observation, not the first of the next one.
         Only the policy is evaluated here. Values and log-probabilities follow in one large batch (make_batch), since no
         parameter moves during a rollout. With seeds (N,), all environments begin new episodes first.
         """
         with named_failures(lambda: "environment {}, step {} of the rollout".format(*self.at)):
-            columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # views, (T, n, ...)
+            columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # (T, n, ...), parts of its memory
             obs, next_obs, action, reward, terminated, done, discounted_return = columns
             # NOTE: every process gives the policy all N rows, zeros where the environment is not its own. Matrices of
             # another size may be rounded differently, and the number of processes must not change a run.
@@ -289,8 +289,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
-    advantage it has little noise, but it trusts V, which is wrong at first. The discounted sum of all deltas to the
-    episode's end trusts only the rewards, but is as noisy as a whole episode. lambda chooses between the two:
+    advantage it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
+    episode's end all later V cancel: it trusts only the rewards, but is as noisy as a whole episode. lambda mixes both:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
 
@@ -299,19 +299,19 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    advantage, following = torch.empty_like(delta), torch.zeros_like(delta[0])
+    advantage, next_advantage = torch.empty_like(delta), torch.zeros_like(delta[0])  # 0: V stands for all that follows
     for t in reversed(range(len(delta))):
-        following = advantage[t] = delta[t] + decay[t] * following
+        advantage[t] = next_advantage = delta[t] + decay[t] * next_advantage  # (N,)
     return advantage
 
 
 @torch.no_grad()
 def make_batch(agent, rollout, gamma, gae_lambda):
-    """All that the update needs of the rollout, the old policy and the old value, computed once. Tensors (B, ...)."""
+    """Turn a rollout (T, N, ...) into the update's data (B, ...): A_t, R_t, and what pi_old and V_old say."""
     device = agent.return_rms.mean.device
     obs, next_obs = (agent.obs_rms(rollout[key].to(device)) for key in ("obs", "next_obs"))  # (T, N, D)
     value, next_value = agent.value(obs).cpu(), agent.value(next_obs).cpu()  # (T, N)
-    reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # so that values are about 1
+    reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # (T, N), so that V is about 1
     advantage = gae(reward, value, next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
     action, parameters = rollout["action"].to(device, copy=True), agent.policy_parameters(obs)  # (T, N, A), (T, N, P)
     batch = {"obs": obs, "action": action, "old_policy": parameters, "value": value, "advantage": advantage}
@@ -319,18 +319,18 @@ def make_batch(agent, rollout, gamma, gae_lambda):
     return {key: x.to(device).flatten(0, 1) for key, x in batch.items()}
 
 
-def ppo_loss(agent, batch, coef, norm_adv):
+def ppo_loss(agent, minibatch, coef, norm_adv):
     """-L(theta) on one minibatch (M, ...) and a dict of scalars to log. coef: the float flags by name, as tensors."""
-    advantage = batch["advantage"]
-    if norm_adv:
+    advantage = minibatch["advantage"]  # (M,)
+    if norm_adv:  # else large rewards would mean large policy gradients, and small ones hardly any
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
 
-    policy = agent.policy(batch["obs"])
-    log_ratio = policy.log_prob(batch["action"]) - batch["logprob"]
-    ratio = log_ratio.clamp(-20, 20).exp()  # NOTE: nothing else keeps it finite
-    policy_loss = -(ratio * advantage).mean()
-    penalty = kl_divergence(agent.distribution(batch["old_policy"]), policy).mean()  # pi_old stays, over all K epochs
-    value_loss = (agent.value(batch["obs"]) - batch["return"]).square().mean()
+    policy = agent.policy(minibatch["obs"])
+    log_ratio = policy.log_prob(minibatch["action"]) - minibatch["logprob"]  # (M,)
+    ratio = log_ratio.clamp(-20, 20).exp()  # r_t. NOTE: without a clip nothing else keeps it finite
+    policy_loss = -(ratio * advantage).mean()  # PPO eq. (8), with the penalty
+    penalty = kl_divergence(agent.distribution(minibatch["old_policy"]), policy).mean()  # the same pi_old for K epochs
+    value_loss = (agent.value(minibatch["obs"]) - minibatch["return"]).square().mean()  # PPO eq. (9)
     entropy = policy.entropy().mean()
     loss = policy_loss + coef["beta"] * penalty + coef["vf_coef"] * value_loss - coef["ent_coef"] * entropy
 
@@ -346,16 +346,16 @@ def adapted_beta(beta, kl, target):
     return min(max(beta * factor, 1e-4), 1e4)
 
 
-def update(agent, state, batch, coef, norm_adv):
+def update(agent, state, minibatch, coef, norm_adv):
     """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on a minibatch. state: all parameters as one
     vector, Adam's moments m and v, its step count t, and the sums of what is logged. Returns the next state.
 
-    A pure function with fixed shapes, without random numbers, that never waits for the device. So the same code runs
-    as it is, compiled, or recorded in a CUDA graph.
+    Adam is written out so that this is a pure function with fixed shapes, without random numbers, that never waits for
+    the device: it runs as it is, compiled, or recorded in a CUDA graph. m.lerp(g, 0.1) is 0.9 m + 0.1 g.
     """
 
-    def loss(vector):
-        return functional_call(agent, named_parts(agent, vector), (ppo_loss, batch, coef, norm_adv))
+    def loss(vector):  # ppo_loss with vector as the agent's parameters
+        return functional_call(agent, named_parts(agent, vector), (ppo_loss, minibatch, coef, norm_adv))
 
     grad, logged = gradient(loss, state["parameters"])
     norm = grad.norm()
@@ -374,7 +374,7 @@ def mean_kl(agent, data):
 
 def adapted_learning_rate(learning_rate, kl, target, band):
     """The next learning rate after an iteration that moved the policy by kl: halved if it moved too far, doubled if too
-    little, within [1e-5, 1e-2]. Without a band in which it may rest (band = 1) the rate never settles."""
+    little, like PPO's beta (section 4), within [1e-5, 1e-2]. Without a band to rest in (band = 1) it never settles."""
     factor = 0.5 if kl > target * band else 2.0 if kl < target / band else 1.0
     return min(max(learning_rate * factor, 1e-5), 1e-2)
 
@@ -392,15 +392,15 @@ def train(args: Args) -> dict:
     agent = Agent(env.observation_space.shape[0], env.action_space).to(device)
     actors = Actors(args, agent)
 
-    # What the update reads stays in one place and is overwritten there, as a CUDA graph demands. Hyperparameters are
-    # tensors, too: neither a schedule nor a mutation by the PBT launcher makes the compiler start again.
+    # What update() reads stays in one place and is overwritten there, as a CUDA graph demands. Hyperparameters are
+    # tensors, too, so that torch.compile need not start again when a schedule or the PBT launcher changes one.
     B = args.num_steps * args.num_envs
     coef = {f.name: torch.tensor(getattr(args, f.name), device=device) for f in fields(Args) if f.type is float}
     coef["beta"] = torch.zeros((), device=device)
     data = make_batch(agent, actors.rollout, args.gamma, args.gae_lambda)  # of an empty rollout: this sets the shapes
-    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
-    names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]
-    state = initial_state(agent, len(names))
+    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)  # (B/M, M)
+    names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]  # of state["sums"], in this order
+    state = initial_state(agent, len(names))  # the agent's parameters now lie in it: to write to it moves the agent
     run_epoch = accelerated(args, update, agent, state, data, order, coef, args.norm_adv)
     run = Run(args, agent, state, actors)
     global_step, learning_rate = run.global_step, run.adapted.get("learning_rate", args.learning_rate)
@@ -409,7 +409,7 @@ def train(args: Args) -> dict:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
 
-    cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    cut, over = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
     with actors, run:
         run.begin()
         while not over:
@@ -420,7 +420,7 @@ def train(args: Args) -> dict:
             coef["beta"].fill_(beta)
 
             # ---- collect: run pi_old for T steps in N environments (Algorithm 1, lines 2-3) --------------------------
-            rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)
+            rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)  # pi_old is the agent now
 
             # ---- estimate advantages (line 4) ------------------------------------------------------------------------
             # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
@@ -436,7 +436,7 @@ def train(args: Args) -> dict:
             state["sums"].zero_()
             for epoch in range(1, args.update_epochs + 1):  # noqa: B007 (logged below)
                 order.copy_(torch.randperm(B).view_as(order))
-                run_epoch()
+                run_epoch()  # for each row of order: state = update(agent, state, data[row], coef, norm_adv)
             kl = mean_kl(agent, data).item()
             if args.lr_schedule == "kl-adaptive":
                 learning_rate = adapted_learning_rate(learning_rate, kl, args.kl_lr_target, args.kl_lr_band)
@@ -452,7 +452,7 @@ def train(args: Args) -> dict:
             losses |= {"explained_variance": 1 - unexplained.item(), "klpen/beta": coef["beta"].item()}
             run.log(global_step, B, {"learning_rate": coef["learning_rate"].item()}, losses)
             over = global_step >= run.last_step or run.signal is not None
-            cut = over or global_step % args.checkpoint_every < B
+            cut = over or global_step % args.checkpoint_every < B  # or it has just passed a multiple
             if cut:
                 run.save(global_step, learning_rate=learning_rate, beta_init=beta)
     return run.summary(global_step)
@@ -569,7 +569,7 @@ def work(pipe, kind, *args):
                 pipe.send(environments.run(seeds))
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
-            pipe.recv()  # it must not be gone before the parent has asked
+            pipe.recv()  # wait for the parent's next message: it could not be sent to a process that is gone
 
 
 class Actors:
@@ -632,7 +632,7 @@ class Actors:
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
         if failures:
             raise RunFailed(failures[0])
-        self.running *= seed is None
+        self.running *= seed is None  # 0 if new episodes have begun
         for reward, done in zip(self.rollout["reward"].numpy(), self.rollout["done"].numpy()):  # (N,), (N,)
             self.running[0] += reward
             self.running[1] += 1
@@ -671,7 +671,7 @@ def gradient(loss, vector):
     """The gradient of loss(vector)[0] at vector, and loss(vector)[1], without a history."""
     if torch.compiler.is_compiling():
         return torch.func.grad(loss, has_aux=True)(vector)
-    vector = vector.detach().requires_grad_()  # the same by autograd, which uncompiled takes little more than half
+    vector = vector.detach().requires_grad_()  # the same by autograd: little more than half the time if not compiled
     value, logged = loss(vector)
     return torch.autograd.grad(value, vector)[0], {key: x.detach() for key, x in logged.items()}
 
@@ -801,7 +801,7 @@ class Run(contextlib.ExitStack):
             actors.last.extend(map(tuple, old["last"]))
             if args.seed == old["args"]["seed"]:  # another seed begins a stream of its own
                 torch.set_rng_state(old["rng"])
-            # What the run has made of a flag's value goes on, unless the flag has a new value.
+            # What the run has adapted (a learning rate or beta, say) goes on, unless its flag now has another value.
             self.adapted = {k: x for k, x in old["adapted"].items() if old["args"].get(k) == vars(args).get(k)}
         name = f"{re.sub('[/:]', '_', args.env_id)}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or resumed or Path("runs") / name)
@@ -883,8 +883,8 @@ class Run(contextlib.ExitStack):
             show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration, or at once if that is the first one: there is
-        nothing to save. The same again kills."""
+        """The first SIGINT or SIGTERM ends the run after its iteration, but the first iteration at once, since there is
+        nothing to save yet. The same signal again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.wall_time == self.wall_time_before:
@@ -971,7 +971,7 @@ def parse_args(argv) -> Args:
 
 
 def check_args(args):
-    """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
+    """Raise UserError for values that cannot work. A number must be positive and finite, unless it is named here."""
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0, "kl_lr_band": 1}
     lowest |= {"beta_init": 1e-4}
     highest = {"gamma": 1, "gae_lambda": 1, "beta_init": 1e4}

@@ -185,7 +185,7 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # else it is rounding, and a constant has no scale: 1
+        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
         self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
 
     def forward(self, x):
@@ -349,7 +349,7 @@ class Team(nn.Module):
         bias.copy_((old_std * bias + old_mean - mean) / std)
 
     def forward(self, function, *args):
-        """function(team, *args). Through it torch.func.functional_call evaluates a function at other parameters."""
+        """function(team, *args): so functional_call(team, parameters, (function, *args)) works for any function."""
         return function(self, *args)
 
 
@@ -420,8 +420,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
-    advantage it has little noise, but it trusts V, which is wrong at first. The discounted sum of all deltas to the
-    episode's end trusts only the rewards, but is as noisy as a whole episode. lambda chooses between the two:
+    advantage it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
+    episode's end all later V cancel: it trusts only the rewards, but is as noisy as a whole episode. lambda mixes both:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
 
@@ -430,9 +430,9 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    advantage, following = torch.empty_like(delta), torch.zeros_like(delta[0])
+    advantage, next_advantage = torch.empty_like(delta), torch.zeros_like(delta[0])  # 0: V stands for all that follows
     for t in reversed(range(len(delta))):
-        following = advantage[t] = delta[t] + decay[t] * following
+        advantage[t] = next_advantage = delta[t] + decay[t] * next_advantage  # (N,)
     return advantage
 
 
@@ -574,7 +574,7 @@ def train(args: Args) -> dict:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
 
-    cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    cut, over = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
     with actors, run:
         run.begin()
         while not over:
@@ -621,7 +621,7 @@ def train(args: Args) -> dict:
             charts = {"learning_rate": coef["learning_rate"].item()} | actors.by_agent()
             run.log(global_step, B, charts | (pool.strength if pool else {}), losses)
             over = global_step >= run.last_step or run.signal is not None
-            cut = over or global_step % args.checkpoint_every < B
+            cut = over or global_step % args.checkpoint_every < B  # or it has just passed a multiple
             if cut:
                 run.save(global_step, **({"snapshots": pool.snapshots, "strength": pool.strength} if pool else {}))
     return run.summary(global_step)
@@ -1076,7 +1076,7 @@ def work(pipe, kind, *args):
                 pipe.send(environments.run(seeds))
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
-            pipe.recv()  # it must not be gone before the parent has asked
+            pipe.recv()  # wait for the parent's next message: it could not be sent to a process that is gone
 
 
 class TeamActors:
@@ -1192,7 +1192,7 @@ def gradient(loss, vector):
     """The gradient of loss(vector)[0] at vector, and loss(vector)[1], without a history."""
     if torch.compiler.is_compiling():
         return torch.func.grad(loss, has_aux=True)(vector)
-    vector = vector.detach().requires_grad_()  # the same by autograd, which uncompiled takes little more than half
+    vector = vector.detach().requires_grad_()  # the same by autograd: little more than half the time if not compiled
     value, logged = loss(vector)
     return torch.autograd.grad(value, vector)[0], {key: x.detach() for key, x in logged.items()}
 
@@ -1322,7 +1322,7 @@ class Run(contextlib.ExitStack):
             actors.last.extend(map(tuple, old["last"]))
             if args.seed == old["args"]["seed"]:  # another seed begins a stream of its own
                 torch.set_rng_state(old["rng"])
-            # What the run has made of a flag's value goes on, unless the flag has a new value.
+            # What the run has adapted (a learning rate or beta, say) goes on, unless its flag now has another value.
             self.adapted = {k: x for k, x in old["adapted"].items() if old["args"].get(k) == vars(args).get(k)}
         name = f"{re.sub('[/:]', '_', args.env_id)}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or resumed or Path("runs") / name)
@@ -1404,8 +1404,8 @@ class Run(contextlib.ExitStack):
             show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration, or at once if that is the first one: there is
-        nothing to save. The same again kills."""
+        """The first SIGINT or SIGTERM ends the run after its iteration, but the first iteration at once, since there is
+        nothing to save yet. The same signal again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.wall_time == self.wall_time_before:
@@ -1518,7 +1518,7 @@ def parse_args(argv) -> Args:
 
 
 def check_args(args):
-    """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
+    """Raise UserError for values that cannot work. A number must be positive and finite, unless it is named here."""
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0}
     lowest |= {"latest_prob": 0, "opening_plies": 0, "ent_final": 0}
     highest = {"gamma": 1, "gae_lambda": 1, "latest_prob": 1, "clip_coef": math.inf}

@@ -20,9 +20,9 @@ Why the KL divergence. Two policies are near each other if they act alike. A dis
 measure that: moving the mean action by 0.1 is nothing if the standard deviation is 1, and everything if it is 0.01.
 The KL compares the distributions themselves, whatever parameters describe them.
 
-Why the natural gradient. Let g be L's gradient at pi_old. A short step s raises L by about g's. It raises the mean KL,
-which has no slope at pi_old, by about 0.5 s'Fs. F, the KL's second derivative, is the Fisher matrix. Of all steps with
-the same KL, those along x = F^-1 g raise L most. The longest one allowed has 0.5 s'Fs = max_kl:
+Why the natural gradient. Let g be L's gradient at pi_old. A short step s raises L by about g's, a scalar product. It
+raises the mean KL, whose slope at pi_old is 0, by about 0.5 s'Fs. F, the KL's second derivative there, is the Fisher
+matrix. Of all steps with the same KL, those along x = F^-1 g raise L most. The longest allowed has 0.5 s'Fs = max_kl:
 
     s = sqrt(2 max_kl / x'Fx) x
 
@@ -51,7 +51,7 @@ Departures from the paper:
   al. 2020). Advantages are normalised over the batch.
 - A run has 489 iterations of 8 environments x 256 steps. The paper had 200, of 50 000 steps and more. In so short a
   run its max_kl of 0.01 is a little slow: here it is 0.02.
-- gamma is 0.995, as in the first author's code. With the paper's 0.99 a hopper runs faster and falls sooner: 1884 on
+- gamma is 0.995, as in the first author's code. With the paper's 0.99 Hopper runs faster and falls sooner: 1884 on
   average of five seeds, not 3072 of ten (but Walker2d 3648, not 3087). The five are runs of an older script; with this
   one four other seeds averaged 2450.
 
@@ -140,7 +140,7 @@ class Args:
     cg_iters: int = 10  # iterations of conjugate gradients (App. C); on a stiff problem 10 gain 85 % of what 40 do
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
     fvp_subsample: int = 1  # F from every k-th step of all environments (the paper: a tenth); 5 saves 4 % of a run
-    backtrack_coeff: float = 0.8  # c, from one candidate of the line search to the next
+    backtrack_coeff: float = 0.8  # c, the factor from one candidate of the line search to the next
     backtrack_iters: int = 10  # candidates of the line search; if none is acceptable the policy stays as it is
     gamma: float = 0.995  # discount (Table 2: 0.99)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
@@ -171,7 +171,7 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # else it is rounding, and a constant has no scale: 1
+        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
         self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
 
     def forward(self, x):
@@ -179,15 +179,15 @@ class RunningMeanStd(nn.Module):
 
 
 def mlp(inputs, outputs, output_gain, hidden=(64, 64), activation=nn.Tanh):
-    """Fully connected network, 64-64 with tanh as in PPO's paper. An orthogonal matrix keeps lengths, so signals
-    neither fade nor explode from layer to layer; the gain sqrt(2) makes up for what the activation takes away."""
+    """Fully connected network (..., inputs) -> (..., outputs), 64-64 with tanh as in PPO's paper. Orthogonal matrices
+    keep lengths, so signals neither fade nor explode; a gain of sqrt(2) makes up for what activations take away."""
     layers = []
     for n_in, n_out in pairwise((inputs, *hidden, outputs)):
         layers += [nn.Linear(n_in, n_out), activation()]
         nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
         nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, output_gain)
-    return nn.Sequential(*layers[:-1])
+    nn.init.orthogonal_(layers[-2].weight, output_gain)  # the last layer once more, with a gain of its own
+    return nn.Sequential(*layers[:-1])  # all but the activation after it
 
 
 class Agent(nn.Module):
@@ -198,11 +198,11 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n if self.discrete else np.prod(action_space.shape))
-        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first no action is preferred
+        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first all states are alike
         self.critic = mlp(obs_dim, 1, output_gain=1.0)
         if not self.discrete:
-            # One free standard deviation per action dimension, the same in all states. A network's could shrink to 0
-            # wherever the first few actions happened to do well, and the policy would stop exploring there.
+            # One free standard deviation per action dimension, the same in all states. One from a network could shrink
+            # to 0 wherever the first few actions happened to do well, and the policy would stop exploring there.
             self.log_std = nn.Parameter(torch.zeros(self.action_dim))
         self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
 
@@ -230,8 +230,8 @@ class Agent(nn.Module):
         return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape)
 
     def act(self, obs, noise):
-        """Sample actions at raw observations (N, D) by means of noise (N, A), which comes from outside, so that a run
-        has the same noise however many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
+        """Sample actions at raw observations (N, D). The caller draws the noise (N, A), so that a run's actions do not
+        depend on how many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
         parameters = self.policy_parameters(self.obs_rms(obs))
         if self.discrete:
             return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
@@ -244,7 +244,7 @@ class Agent(nn.Module):
         self.return_rms.update(rollout["discounted_return"].flatten())
 
     def forward(self, function, *args):
-        """function(agent, *args). Through it torch.func.functional_call evaluates a function at other parameters."""
+        """function(agent, *args): so functional_call(agent, parameters, (function, *args)) works for any function."""
         return function(self, *args)
 
 
@@ -252,14 +252,14 @@ class Agent(nn.Module):
 
 
 class Environments:
-    """Those of the N environments that one process runs, and where they stand between two rollouts."""
+    """The n of the N environments that one process runs, and their state between two rollouts."""
 
     def __init__(self, args, part, old_agent, noise, rollout):
-        self.part, self.gamma = part, args.gamma  # part: their slice of range(N), n of them
+        self.part, self.gamma = part, args.gamma  # part: their slice of range(N)
         self.old_agent, self.noise, self.rollout = old_agent, noise, rollout  # in memory that all processes share
         self.envs = [make_env(args.env_id) for _ in range(part.start, part.stop)]
-        self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D)
-        self.discounted_return = np.zeros(len(self.envs))
+        self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D), zeros until the first reset
+        self.discounted_return = np.zeros(len(self.envs))  # of the rewards so far: its scale is the rewards' scale
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
@@ -268,14 +268,14 @@ class Environments:
 
     @torch.inference_mode()
     def run(self, seeds=()):
-        """Run pi_old for T steps in each environment (line 3); write what happens into their columns of the rollout.
+        """Run pi_old for T steps in each environment (Algorithm 1, line 3), and record them in the rollout.
 
         next_obs is the true successor, also where an episode ends: its last observation, not the first of the next one.
         Only the policy is evaluated here. Values and log-probabilities follow in one large batch (make_batch), since no
         parameter moves during a rollout. With seeds (N,), all environments begin new episodes first.
         """
         with named_failures(lambda: "environment {}, step {} of the rollout".format(*self.at)):
-            columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # views, (T, n, ...)
+            columns = [self.rollout[key].numpy()[:, self.part] for key in ROLLOUT]  # (T, n, ...), parts of its memory
             obs, next_obs, action, reward, terminated, done, discounted_return = columns
             # NOTE: every process gives the policy all N rows, zeros where the environment is not its own. Matrices of
             # another size may be rounded differently, and the number of processes must not change a run.
@@ -308,8 +308,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
-    advantage it has little noise, but it trusts V, which is wrong at first. The discounted sum of all deltas to the
-    episode's end trusts only the rewards, but is as noisy as a whole episode. lambda chooses between the two:
+    advantage it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
+    episode's end all later V cancel: it trusts only the rewards, but is as noisy as a whole episode. lambda mixes both:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
 
@@ -318,19 +318,19 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    advantage, following = torch.empty_like(delta), torch.zeros_like(delta[0])
+    advantage, next_advantage = torch.empty_like(delta), torch.zeros_like(delta[0])  # 0: V stands for all that follows
     for t in reversed(range(len(delta))):
-        following = advantage[t] = delta[t] + decay[t] * following
+        advantage[t] = next_advantage = delta[t] + decay[t] * next_advantage  # (N,)
     return advantage
 
 
 @torch.no_grad()
 def make_batch(agent, rollout, gamma, gae_lambda):
-    """All that the update needs of the rollout, the old policy and the old value, computed once. Tensors (B, ...)."""
+    """Turn a rollout (T, N, ...) into the update's data (B, ...): A_t, R_t, and what pi_old and V_old say."""
     device = agent.return_rms.mean.device
     obs, next_obs = (agent.obs_rms(rollout[key].to(device)) for key in ("obs", "next_obs"))  # (T, N, D)
     value, next_value = agent.value(obs).cpu(), agent.value(next_obs).cpu()  # (T, N)
-    reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # so that values are about 1
+    reward = (rollout["reward"] * agent.return_rms.inv_std.cpu()).clamp(-10, 10).float()  # (T, N), so that V is about 1
     advantage = gae(reward, value, next_value, rollout["terminated"], rollout["done"], gamma, gae_lambda)
     action, parameters = rollout["action"].to(device, copy=True), agent.policy_parameters(obs)  # (T, N, A), (T, N, P)
     batch = {"obs": obs, "action": action, "old_policy": parameters, "value": value, "advantage": advantage}
@@ -363,15 +363,15 @@ def fisher_product(agent, theta, obs, damping):
     matrix of the policy (TRPO App. C).
 
     In one state the policy is a Gaussian, described by P numbers: means and log standard deviations. The Fisher matrix
-    in these numbers is M = diag(1/std^2, 2). They depend on theta through the network, with derivative J (P x K). So
+    in these numbers is M = diag(1/std^2, 2), as in App. C. Their derivative by theta is J (P x K). So
 
         F = mean over states of J'MJ
 
-    The network's second derivatives do not matter: the KL's gradient, their factor, is 0 at theta. And v'Fv, the mean
+    The network's second derivatives drop out: their factor, the KL's gradient, is 0 at theta. And v'Fv, the mean
     of |M^(1/2) J v|^2, is never negative. It is 0 if v changes the policy in no state; hence the damping.
     """
     parameters, Jt = torch.func.vjp(lambda theta: policy_parameters_at(agent, theta, obs), theta)  # (B, P), u -> J'u
-    # u -> J'u is linear, so its own vector-Jacobian product is v -> J v. F v takes 1.4 ms so. It takes 2.9 ms with
+    # u -> J'u is linear, so its own vector-Jacobian product is v -> J v. F v takes 1.4 ms this way, but 2.9 ms with
     # torch.func.jvp, which evaluates the network anew for every v, and 2.4 ms if the KL is differentiated twice.
     _, J = torch.func.vjp(lambda u: Jt(u)[0], torch.zeros_like(parameters))
     log_std = parameters.chunk(2, -1)[1]
@@ -411,16 +411,16 @@ def natural_gradient(agent, theta, data, args):
 
 def scaled_to_max_kl(look, theta, step, max_kl):
     """Scale the step so that the batch's largest KL is max_kl. The KL grows roughly with the square of the step, so two
-    corrections are enough. 1 % is left out, or rounding could cost a whole factor of the line search."""
+    corrections are enough. 1 % is left out: rounding just past max_kl would cost the line search a factor c."""
     for _ in range(2):
         step = step * (max_kl / look(theta + step)[1].max()).sqrt()
     return 0.99 * step
 
 
 def line_search(look, theta, step, old_surrogate, beta, args):
-    """Find the first acceptable one of theta + step, theta + c step, theta + c^2 step, ... (App. C). Returns it, a
-    report, and its index j; if there is none, theta, zeros, and -1. The report has the mean kl and the largest kl_max
-    over states of KL(old||new), and the surrogate's improvement."""
+    """Find the first acceptable one of theta + step, theta + c step, theta + c^2 step, ... (App. C). Returns it (K,),
+    a report, and its index j, or theta, zeros, and -1 if there is none. The report: kl and kl_max, the mean and maximum
+    of KL(old||new) over states, and improvement, the rise of the surrogate."""
     for j in range(args.backtrack_iters):
         candidate = theta + args.backtrack_coeff**j * step
         surrogate, kl = look(candidate)
@@ -440,13 +440,13 @@ def acceptable(report, beta, args):
 
 @torch.no_grad()
 def policy_step(theta, solve, look, beta, args):
-    """One step of TRPO on the whole batch (its section 6 and App. C). It moves theta (K,), of which the policy's
-    parameters are parts. solve() is natural_gradient at theta, look(candidate) surrogate_and_kl at a candidate (K,).
-    Returns what is logged, by name: docs/trpo_continuous.md says what the names mean."""
+    """One step of TRPO on the whole batch (its section 6 and App. C). It overwrites theta (K,), the vector in which the
+    policy's parameters lie. solve() is natural_gradient at theta, look(candidate) surrogate_and_kl at a candidate (K,).
+    Returns what is logged, by name."""
     # The direction x = F^-1 g.
     old_surrogate, g, x, residual = solve()
 
-    # The length. x'Fx = x'(g - residual). Without a gradient it is 0, and the step nan, which is never acceptable.
+    # The length. F x = g - residual, so x'Fx = x'(g - residual). If g = 0, the step is nan, which is never acceptable.
     beta_star = (x @ (g - residual) / (2 * args.max_kl)).sqrt()
     step = x / (beta if args.form == "penalized" else beta_star)
     if args.form == "constrained" and args.kl_constraint == "max":
@@ -454,11 +454,11 @@ def policy_step(theta, solve, look, beta, args):
 
     # The line search.
     new_theta, report, j = line_search(look, theta, step, old_surrogate, beta, args)
-    promised, gradient_norm = (g @ (new_theta - theta)).item(), g.norm().item()
+    expected, gradient_norm = (g @ (new_theta - theta)).item(), g.norm().item()
     theta.copy_(new_theta)
     return report | {
-        "line_search_step": j,
-        "improvement_ratio": report["improvement"] / (promised or 1.0),  # 0, not 0 / 0, if nothing moved
+        "line_search_step": j,  # the candidate that was taken; 0: the full step, -1: none
+        "improvement_ratio": report["improvement"] / (expected or 1.0),  # 0, not 0 / 0, if nothing moved
         "gradient_norm": gradient_norm,
         "cg_residual": residual.norm().item() / (gradient_norm or 1.0),
         "beta": beta,
@@ -473,18 +473,18 @@ def adapted_beta(beta, kl, target):
     return min(max(beta * factor, 1e-4), 1e4)
 
 
-def critic_update(critic, state, batch, learning_rate):
+def critic_update(critic, state, minibatch, learning_rate):
     """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on the mean squared error to the returns of a
     minibatch. state: the critic's parameters as one vector, Adam's moments m and v, its step count t, and the sums of
     what is logged. Returns the next state.
 
-    A pure function with fixed shapes, without random numbers, that never waits for the device. So the same code runs
-    as it is, compiled, or recorded in a CUDA graph.
+    Adam is written out so that this is a pure function with fixed shapes, without random numbers, that never waits for
+    the device: it runs as it is, compiled, or recorded in a CUDA graph. m.lerp(g, 0.1) is 0.9 m + 0.1 g.
     """
 
     def loss(vector):
-        value = functional_call(critic, named_parts(critic, vector), batch["obs"]).squeeze(-1)  # (M,)
-        value_loss = (value - batch["return"]).square().mean()
+        value = functional_call(critic, named_parts(critic, vector), minibatch["obs"]).squeeze(-1)  # (M,)
+        value_loss = (value - minibatch["return"]).square().mean()
         return value_loss, {"value_loss": value_loss}
 
     grad, logged = gradient(loss, state["parameters"])
@@ -510,13 +510,13 @@ def train(args: Args) -> dict:
     actors = Actors(args, agent)
 
     # What the updates read stays in one place and is overwritten there, as a CUDA graph demands. The critic's learning
-    # rate is a tensor, too: a mutation by the PBT launcher does not make the compiler start again.
+    # rate is a tensor, too, so that torch.compile need not start again when the PBT launcher changes it.
     B = args.num_steps * args.num_envs
     data = make_batch(agent, actors.rollout, args.gamma, args.gae_lambda)  # of an empty rollout: this sets the shapes
-    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
-    state = initial_state(agent.critic, 2)
-    operands = {key: data[key] for key in ("obs", "return")}, order, torch.tensor(args.vf_learning_rate, device=device)
-    run_epoch = accelerated(args, critic_update, agent.critic, state, *operands)
+    order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)  # (B/M, M)
+    state, learning_rate = initial_state(agent.critic, 2), torch.tensor(args.vf_learning_rate, device=device)
+    critic_data = {key: data[key] for key in ("obs", "return")}
+    run_epoch = accelerated(args, critic_update, agent.critic, state, critic_data, order, learning_rate)
     theta, solve, look = functions_of_theta(agent, data, args)
     run = Run(args, agent, state, actors)
     global_step = run.global_step
@@ -525,12 +525,12 @@ def train(args: Args) -> dict:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
 
-    cut, over = True, False  # a clean cut: the episodes in flight are truncated, and all environments start anew
+    cut, over = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
     with actors, run:
         run.begin()
         while not over:
             # ---- collect: run pi_old for T steps in N environments ---------------------------------------------------
-            rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)
+            rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)  # pi_old is the agent now
 
             # ---- estimate advantages ---------------------------------------------------------------------------------
             # NOTE: acting and updating must scale observations alike, or the data would not be pi_old's. So the
@@ -555,7 +555,7 @@ def train(args: Args) -> dict:
             state["sums"].zero_()
             for _ in range(args.vf_epochs):
                 order.copy_(torch.randperm(B).view_as(order))
-                run_epoch()
+                run_epoch()  # for each row: state = critic_update(agent.critic, state, critic_data[row], learning_rate)
             if global_step > 0:
                 agent.update_statistics(rollout)
             global_step += B
@@ -569,7 +569,7 @@ def train(args: Args) -> dict:
             losses |= {f"trpo/{key}": x for key, x in report.items()}
             run.log(global_step, B, {"learning_rate": args.vf_learning_rate}, losses)
             over = global_step >= run.last_step or run.signal is not None
-            cut = over or global_step % args.checkpoint_every < B
+            cut = over or global_step % args.checkpoint_every < B  # or it has just passed a multiple
             if cut:
                 run.save(global_step, beta=beta)
     return run.summary(global_step)
@@ -686,7 +686,7 @@ def work(pipe, kind, *args):
                 pipe.send(environments.run(seeds))
         except (UserError, RunFailed) as error:
             pipe.send(str(error))
-            pipe.recv()  # it must not be gone before the parent has asked
+            pipe.recv()  # wait for the parent's next message: it could not be sent to a process that is gone
 
 
 class Actors:
@@ -749,7 +749,7 @@ class Actors:
             raise RunFailed(f"a worker process died, exit code {codes} (-9: killed, perhaps out of memory)") from error
         if failures:
             raise RunFailed(failures[0])
-        self.running *= seed is None
+        self.running *= seed is None  # 0 if new episodes have begun
         for reward, done in zip(self.rollout["reward"].numpy(), self.rollout["done"].numpy()):  # (N,), (N,)
             self.running[0] += reward
             self.running[1] += 1
@@ -788,7 +788,7 @@ def gradient(loss, vector):
     """The gradient of loss(vector)[0] at vector, and loss(vector)[1], without a history."""
     if torch.compiler.is_compiling():
         return torch.func.grad(loss, has_aux=True)(vector)
-    vector = vector.detach().requires_grad_()  # the same by autograd, which uncompiled takes little more than half
+    vector = vector.detach().requires_grad_()  # the same by autograd: little more than half the time if not compiled
     value, logged = loss(vector)
     return torch.autograd.grad(value, vector)[0], {key: x.detach() for key, x in logged.items()}
 
@@ -937,7 +937,7 @@ class Run(contextlib.ExitStack):
             actors.last.extend(map(tuple, old["last"]))
             if args.seed == old["args"]["seed"]:  # another seed begins a stream of its own
                 torch.set_rng_state(old["rng"])
-            # What the run has made of a flag's value goes on, unless the flag has a new value.
+            # What the run has adapted (a learning rate or beta, say) goes on, unless its flag now has another value.
             self.adapted = {k: x for k, x in old["adapted"].items() if old["args"].get(k) == vars(args).get(k)}
         name = f"{re.sub('[/:]', '_', args.env_id)}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or resumed or Path("runs") / name)
@@ -1019,8 +1019,8 @@ class Run(contextlib.ExitStack):
             show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration, or at once if that is the first one: there is
-        nothing to save. The same again kills."""
+        """The first SIGINT or SIGTERM ends the run after its iteration, but the first iteration at once, since there is
+        nothing to save yet. The same signal again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.wall_time == self.wall_time_before:
@@ -1109,7 +1109,7 @@ def parse_args(argv) -> Args:
 
 
 def check_args(args):
-    """Raise UserError for values that cannot work. Numbers must be positive and finite where nothing else is said."""
+    """Raise UserError for values that cannot work. A number must be positive and finite, unless it is named here."""
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "cg_damping": 0, "beta": 1e-4}
     highest = {"gamma": 1, "gae_lambda": 1, "beta": 1e4, "fvp_subsample": args.num_steps}
     for key, x in vars(args).items():
