@@ -794,7 +794,7 @@ def cli(argv) -> Args:
         if not stop.code:  # --help
             show(box.getvalue(), sys.stdout)
             raise
-        message = re.split("-{9,}", box.getvalue())[1]  # title, rule, message, rule, help
+        message = re.split(r"(?m)^\W*-{9,}\W*$", box.getvalue())[1]  # title, rule, message, rule, help
         raise UserError(" ".join(message.split())) from None
     for key, x in vars(args).items():
         if x == "":  # --resume "$RUN", say, where RUN is not set
@@ -815,7 +815,8 @@ def parse_args(argv) -> Args:
         other = load_population(args.run_dir if args.resume else args.replay)
         if args.mutate or args.interval != other.args.interval:
             raise UserError(f"--replay {args.replay} needs --interval {other.args.interval}, and no --mutate")
-        if not args.resume and abs(args.seed - other.args.seed) < max(args.population, other.args.population):
+        theirs = range(other.args.seed - args.population + 1, other.args.seed + other.args.population)
+        if args.seed in theirs and not args.resume:
             raise UserError("--replay needs another --seed: with the winner's its luck would be repeated, too")
         args.mutate = other.args.mutate
         args.schedule = other.args.schedule if args.resume else winners_schedule(other)
@@ -832,13 +833,13 @@ def check_args(args):
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     if not Path(args.script).is_file() or not args.script.endswith(".py"):
-        raise UserError(f"there is no script {args.script}")
+        raise UserError(f"there is no script {args.script}, or it is no .py file")
     copying = ("selection", "quantile", "warmup", "min_gap", "resample_probability")
     useless = (  # when, which flags, and what to say of them
         (args.executor != "local", ("gpus",), "goes with --executor local"),
         (args.executor != "ray", ("ray_address", "num_cpus", "num_gpus"), "goes with --executor ray"),
         (args.score != "evaluation", ("eval_episodes",), "goes with --score evaluation"),
-        (args.replay, copying, "does nothing with --replay, where nobody copies"),
+        (args.replay and not args.resume, copying, "does nothing with --replay, where nobody copies"),
     )
     for when, names, what in useless:
         for name in names if when else ():

@@ -742,11 +742,13 @@ def load_checkpoint(path, env_id=None, agent=None):
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    with named_failures(lambda: f"{path} is damaged, or no checkpoint of {SCRIPT}.py", (Exception,)):
+    try:
         if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
             raise zipfile.BadZipFile
         state = torch.load(path, weights_only=True, map_location="cpu")
         script, trained_on = state["script"], state["args"]["env_id"]
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     try:
@@ -819,15 +821,16 @@ class Run(contextlib.ExitStack):
     def begin(self):
         """Lock and write the folder, show the bar, listen to signals. Leaving the `with` ends it. Raises UserError."""
         args, path = self.args, self.dir / "progress.csv"
-        with named_failures(lambda: self.dir, (OSError, ValueError)):
+        with named_failures(lambda: self.dir, (OSError,)):
             self.dir.mkdir(parents=True, exist_ok=True)
             self.csv = self.enter_context(open(path, "a+", buffering=1, newline="\n", errors="replace"))
             lock(self.csv)
             self.csv.seek(0)
             header, *rows = self.csv.readlines() or [""]
-            if header and not header.startswith("global_step,"):
+            steps = [x.split(",")[0] for x in rows if x.endswith("\n")] if self.global_step else []
+            if header and not (header.startswith("global_step,") and all(map(str.isdigit, steps))):
                 raise UserError("progress.csv is not what this script wrote: move it away")
-            kept = [x for x in rows if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
+        kept = [x for x, step in zip(rows, steps) if int(step) <= self.global_step]
         self.columns = header if kept else ""
         self.csv.truncate(len(self.columns + "".join(kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
@@ -847,7 +850,8 @@ class Run(contextlib.ExitStack):
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.callback(signal.signal, number, signal.signal(number, self.stop))
+                self.callback(signal.signal, number, signal.getsignal(number))
+                signal.signal(number, self.stop)
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -928,7 +932,7 @@ def cli(argv) -> Args:
         if not stop.code:  # --help
             show(box.getvalue(), sys.stdout)
             raise
-        message = re.split("-{9,}", box.getvalue())[1]  # title, rule, message, rule, help
+        message = re.split(r"(?m)^\W*-{9,}\W*$", box.getvalue())[1]  # title, rule, message, rule, help
         raise UserError(" ".join(message.split())) from None
     for key, x in vars(args).items():
         if x == "":  # --resume "$RUN", say, where RUN is not set

@@ -157,7 +157,6 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 #
 # In a step of a built-in world nothing moves in memory, depends on a number in Python or waits for the device, so that
 # a CUDA graph can hold T of them. PettingZoo's environments draw their own random numbers; reset gives each a seed.
-# `at` is the copy that moves just now, to be named if it fails.
 
 
 # ==== Policies and critics of a team ==================================================================================
@@ -387,10 +386,13 @@ class TeamEnvironments:
         """T steps of old_team in each environment, written into their columns of the rollout. With seeds (N,), all
         begin new episodes first."""
         self.t = 0
-        with named_failures(lambda: f"environment {self.part.start + self.world.at}, step {self.t} of the rollout"):
+        with named_failures(self.where) if self.envs else contextlib.nullcontext():
             if len(seeds):
                 self.world.reset(seeds[self.part] if self.envs else torch.Generator().manual_seed(int(seeds[0])))
             self.all_steps()
+
+    def where(self):
+        return f"environment {self.part.start + self.world.at}, step {self.t} of the rollout"
 
     @torch.no_grad()
     def steps(self):
@@ -644,7 +646,7 @@ class SelfPlay:
     side sees the board from its own point of view. The reward is 1 for a win, -1 for a loss, also if the opponent's ply
     decides. Whoever did not make the last ply opens the next game: nobody has to pass, and the loser gets to begin."""
 
-    num_agents, at, HAND = 1, 0, 8  # HAND: opponents that are met in one iteration
+    num_agents, HAND = 1, 8  # HAND: opponents that are met in one iteration
 
     def __init__(self, game, args):
         self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
@@ -762,7 +764,7 @@ class SimpleSpread:
     """Three agents are to cover three landmarks without bumping into each other (Lowe et al. 2017). The same numbers as
     mpe2's simple_spread_v3, whose time limit is 25 steps. NOTE: not the MAPPO paper's: docs/multiagent.md converts."""
 
-    num_agents, obs_dim, state_dim, action_space, length, at = 3, 18, 54, gym.spaces.Discrete(5), 25, 0
+    num_agents, obs_dim, state_dim, action_space, length = 3, 18, 54, gym.spaces.Discrete(5), 25
 
     def __init__(self, num_envs, device):
         self.num_envs = num_envs
@@ -1013,7 +1015,9 @@ class PettingZoo:
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
         env = self.envs[i]
         state = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
-        view["state"] = checked(state, state.shape, None if rewards is None else 0.0)
+        if not np.isfinite(state).all():
+            raise RunFailed(f"state() returned {state}: not finite")
+        view["state"] = state
         view["alive"] = np.array([name in env.agents for name in self.names], np.float32)
         self.views[i] = view
 
@@ -1274,11 +1278,13 @@ def load_checkpoint(path, env_id=None, agent=None):
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    with named_failures(lambda: f"{path} is damaged, or no checkpoint of {SCRIPT}.py", (Exception,)):
+    try:
         if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
             raise zipfile.BadZipFile
         state = torch.load(path, weights_only=True, map_location="cpu")
         script, trained_on = state["script"], state["args"]["env_id"]
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     try:
@@ -1351,15 +1357,16 @@ class Run(contextlib.ExitStack):
     def begin(self):
         """Lock and write the folder, show the bar, listen to signals. Leaving the `with` ends it. Raises UserError."""
         args, path = self.args, self.dir / "progress.csv"
-        with named_failures(lambda: self.dir, (OSError, ValueError)):
+        with named_failures(lambda: self.dir, (OSError,)):
             self.dir.mkdir(parents=True, exist_ok=True)
             self.csv = self.enter_context(open(path, "a+", buffering=1, newline="\n", errors="replace"))
             lock(self.csv)
             self.csv.seek(0)
             header, *rows = self.csv.readlines() or [""]
-            if header and not header.startswith("global_step,"):
+            steps = [x.split(",")[0] for x in rows if x.endswith("\n")] if self.global_step else []
+            if header and not (header.startswith("global_step,") and all(map(str.isdigit, steps))):
                 raise UserError("progress.csv is not what this script wrote: move it away")
-            kept = [x for x in rows if x.endswith("\n") and int(x.split(",")[0]) <= self.global_step]
+        kept = [x for x, step in zip(rows, steps) if int(step) <= self.global_step]
         self.columns = header if kept else ""
         self.csv.truncate(len(self.columns + "".join(kept)))  # rows past the checkpoint tell of steps that were lost
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
@@ -1379,7 +1386,8 @@ class Run(contextlib.ExitStack):
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.callback(signal.signal, number, signal.signal(number, self.stop))
+                self.callback(signal.signal, number, signal.getsignal(number))
+                signal.signal(number, self.stop)
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
@@ -1446,6 +1454,8 @@ def run_episodes(args, team, world, name):
     returns, env = [], world.envs[0]
     hint = " (without a display MuJoCo needs MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
     with named_failures(lambda: f"episode {len(returns)}{hint}", MISTAKES):
+        if args.capture_video:
+            from gymnasium.utils.save_video import save_video  # here, because it needs moviepy
         seed_globals(args.seed)
         for _ in tqdm(range(args.eval_episodes), unit=" episodes", disable=None):  # shown on a terminal
             world.begin(0, None if returns else args.seed)
@@ -1456,8 +1466,6 @@ def run_episodes(args, team, world, name):
                 _, reward, _, over = world.move(0, team.act(view["obs"], view["legal"], 0.0)[0].numpy())
                 total = total + reward.astype(float)
             if args.capture_video:
-                from gymnasium.utils.save_video import save_video  # here, because it needs moviepy
-
                 path, more = Path(args.evaluate), {"name_prefix": name, "episode_index": len(returns)}
                 more["fps"] = getattr(env, "metadata", {}).get("render_fps", 30)
                 folder = (path if path.is_dir() else path.parent) / "videos"
@@ -1477,7 +1485,7 @@ def cli(argv) -> Args:
         if not stop.code:  # --help
             show(box.getvalue(), sys.stdout)
             raise
-        message = re.split("-{9,}", box.getvalue())[1]  # title, rule, message, rule, help
+        message = re.split(r"(?m)^\W*-{9,}\W*$", box.getvalue())[1]  # title, rule, message, rule, help
         raise UserError(" ".join(message.split())) from None
     for key, x in vars(args).items():
         if x == "":  # --resume "$RUN", say, where RUN is not set

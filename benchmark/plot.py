@@ -461,6 +461,8 @@ def main():
     name, results = args.name, args.results
     if bool(args.folders) != (name in ("film", "runs")):
         parser.error("film and runs take run folders, the others none")
+    if name in names and results != RESULTS:
+        parser.error("--results goes with a study, pbt and selfplay")
     if name in names:
         names[name](*args.folders)
         return

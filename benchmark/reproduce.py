@@ -493,6 +493,7 @@ def main():
         return 0
     if any(x is not None and x < 1 for x in (args.workers, args.seeds, args.steps)):
         parser.error("--workers, --seeds and --steps must be 1 or more")
+    args.results.mkdir(parents=True, exist_ok=True)
     if args.study == "pbt":
         for env in args.envs or ("Hopper-v4", "Walker2d-v4"):
             populations(env, args.steps or 1_000_000, args.seeds or 5, args.workers, args.results, args.run_dir / "pbt")

@@ -579,6 +579,8 @@ def main():
     parser.add_argument("--only", default="", help="with gpu: rows whose name contains this")
     parser.add_argument("--results", type=Path, help="write the numbers into this folder, too")
     args = parser.parse_args()
+    if args.results:
+        args.results.mkdir(parents=True, exist_ok=True)
     if args.group == "workers":
         workers(40, args.results)
     elif args.group == "update":
