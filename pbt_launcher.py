@@ -22,13 +22,13 @@ trained policy and the schedule of hyperparameters that led to it.
 A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
 checkpoint and a score come out. The launcher knows nothing of a script's algorithm, only what all scripts share: train,
 evaluate, parse_args, and flags like --resume, --stop-at-step and --run-dir. A leg that is lost is run once more; a
-member that fails twice becomes a copy. Every event is a line in RUN/events.jsonl, and all that the launcher knows
-follows from them. So --resume goes on after any death, with the same decisions in --mode sync (if the same legs fail).
+member that fails twice becomes a copy. Every event is a line in RUN_DIR/events.jsonl; all that the launcher knows
+follows from them. So --resume goes on after any crash, with the same decisions in --mode sync (unless other legs fail).
 
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/hopper --population 8 --slots 2 \\
         --mutate learning_rate:log:1e-5:1e-3 --mutate clip_coef:lin:0.1:0.4
-    python pbt_launcher.py ppo_clip.py ... --resume              # the same command goes on where it was broken off
-    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: no copies, unless a member fails
+    python pbt_launcher.py ppo_clip.py ... --resume              # the same command goes on where it was interrupted
+    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: only who fails twice becomes a copy
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/again --replay pbt/hopper --seed 101
     python pbt_launcher.py ppo_clip.py ... -- --num-envs 16 --num-steps 128    # after --: flags for the script
 
@@ -39,8 +39,8 @@ whom, schedule.png what all have tried. PBT is greedy: what raises the score wit
 costs later, like a learning rate that falls too early. A longer interval looks further ahead, and decides less often.
 
 Departures from the paper: all members decide together, so that a seed fixes every decision (--mode async: one by one,
-as there). A quarter copies a quarter; the paper says a fifth. A hyperparameter is perturbed or, with a chance of a
-quarter, drawn anew; in the paper these are two strategies. A score is the mean over a leg's last 100 episodes, not 10.
+as in the paper). The worst quarter copies the best quarter, not a fifth a fifth. A hyperparameter is perturbed or, with
+probability 1/4, drawn anew; in the paper these are two strategies. A score is of a leg's last 100 episodes, not 10.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class Args:
     """Population Based Training over a script that keeps this project's contract of flags and run folders."""
 
     script: tyro.conf.Positional[str]  # the training script, e.g. ppo_clip.py; its own flags follow after --
-    script_flags: tyro.conf.Suppress[list[str]] = field(default_factory=list)  # those flags
+    script_flags: tyro.conf.Suppress[list[str]] = field(default_factory=list)  # the flags after --
     env_id: str | None = None  # the script's --env-id (default: the script's)
     run_dir: str = "pbt"  # folder of the whole population; with --executor ray one that every node sees
     total_timesteps: int = 1_000_000  # environment steps of each member
@@ -86,7 +86,7 @@ class Args:
     mutate: Repeated = field(default_factory=list)  # search NAME:KIND:LOW:HIGH (log, lin or int), or NAME:cat:A,B,C
     seed: int = 1  # all draws follow from it; member j begins with seed + j
 
-    score: Literal["training", "evaluation"] = "training"  # evaluation: of fresh episodes with the mean action
+    score: Literal["training", "evaluation"] = "training"  # from the leg's own episodes, or fresh ones without noise
     eval_episodes: int = 10  # with --score evaluation: how many; they have the same seed for all members
     quantile: float = 0.25  # the bottom fraction copies from the top one; 0: random search
     selection: Literal["truncation", "tournament"] = "truncation"  # tournament: each meets one other, drawn at random
@@ -97,7 +97,7 @@ class Args:
 
     slots: int = 2  # legs that run at the same time
     gpus: str | None = None  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
-    leg_timeout: float = 14400.0  # seconds until a leg counts as hung; later 5 times the median (60 at least)
+    leg_timeout: float = 14400.0  # seconds until a leg counts as hung; later 5 times the median (at least 60), if less
     executor: Literal["local", "ray"] = "local"  # ray (optional package): slots are actors on a Ray cluster
     ray_address: str | None = None  # HOST:PORT of a running cluster (default: start one on this machine)
     num_cpus: float = 1.0  # with --executor ray: CPUs of a slot
@@ -105,10 +105,10 @@ class Args:
 
     resume: bool = False  # go on with the population in --run-dir
     replay: str | None = None  # no search: every member follows the schedule that the winner in this folder had
-    schedule: tyro.conf.Suppress[list[str]] = field(default_factory=list)  # this schedule: [last step, hyperparameters]
+    schedule: tyro.conf.Suppress[list[str]] = field(default_factory=list)  # of --replay: [last step, hyperparameters]
 
 
-# ==== Score, exploit, explore: what a population does, as pure functions ==============================================
+# ==== Score, exploit, explore: pure functions, so that a seed fixes every decision ====================================
 
 
 def ranked(scores):
@@ -117,14 +117,14 @@ def ranked(scores):
 
 
 def exploit(scores, args, rng):
-    """Who copies whom: {loser: donor}. scores: {member: score}. A member with None is left alone. Nothing is known of
-    it: it has ended no leg yet, or none as this copy, or no episode ended in its leg, perhaps because it does well."""
+    """Who copies whom: {loser: donor}. scores: {member: score}. A member with None is left alone, as nothing is known
+    of it: it has ended no leg since it began or became a copy, or no episode ended in its leg (it may just do well)."""
     if args.quantile == 0 or args.replay:  # random search, or a schedule that is known
         return {}
     scores = {m: x for m, x in scores.items() if x is not None}
     copies = tournament(scores, rng) if args.selection == "tournament" else truncation(scores, args.quantile, rng)
-    # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap. Equal
-    # ones are never copied: once a task is solved all are, and copies would only destroy variety.
+    # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap. Nobody
+    # copies an equal: once a task is solved, all scores are equal, and copies would only destroy variety.
     return {m: donor for m, donor in copies.items() if scores[donor] - scores[m] > args.min_gap}
 
 
@@ -137,9 +137,9 @@ def truncation(scores, quantile, rng):
 
 
 def tournament(scores, rng):
-    """Binary tournament (paper, section 4.3): each member meets another, drawn at random, and copies it if it is
-    better. This is softer: a middling member may be copied, and the worst survives if it happens to meet a loser.
-    Nobody copies a member that is itself about to copy."""
+    """Binary tournament (paper, section 4.3): each member meets another, drawn at random, and copies it if that one is
+    better, unless that one is itself about to copy. This is softer than truncation: a middling member may be copied,
+    and even the worst may stay as it is."""
     others = {m: [o for o in sorted(scores) if o != m] for m in sorted(scores)}
     rivals = {m: those[rng.integers(len(those))] for m, those in others.items() if those}  # none, if it is alone
     copies = {m: rival for m, rival in rivals.items() if scores[rival] > scores[m]}
@@ -165,9 +165,9 @@ class Hyperparameter:
             case [name, "log" | "lin" | "int" as kind, low, high]:
                 with contextlib.suppress(ValueError):  # of float()
                     h = cls(name.replace("-", "_"), kind, float(low), float(high))
-                    positive, whole = min(h.flip(h.low), h.flip(h.high)) > 0, h.low.is_integer() and h.high.is_integer()
-                    fits = {"log": positive, "lin": True, "int": whole and max(-h.low, h.high) < 2**62}[kind]
-                    if fits and h.low <= h.high and math.isfinite(h.high - h.low):
+                    positive = kind != "log" or min(h.flip(h.low), h.flip(h.high)) > 0
+                    whole = kind != "int" or h.low.is_integer() and h.high.is_integer() and max(-h.low, h.high) < 2**62
+                    if positive and whole and h.low <= h.high and math.isfinite(h.high - h.low):
                         return h
         raise UserError(
             f"--mutate {text}: expected NAME:log:LOW:HIGH, NAME:lin:LOW:HIGH, NAME:int:LOW:HIGH or NAME:cat:A,B; "
@@ -175,11 +175,11 @@ class Hyperparameter:
         )
 
     def flip(self, x):
-        """gamma and gae_lambda are searched as 1 - x, because 1 / (1 - gamma) is the horizon. 0.8 * 0.99 would be
-        another problem; 1 - 0.8 * 0.01 is the next horizon. Applied twice, flip is the identity."""
+        """gamma and gae_lambda are searched as 1 - x, because 1 / (1 - gamma) is the horizon. From gamma 0.99 (horizon
+        100), 0.8 * 0.99 would lead to 5, but 1 - 0.8 * 0.01 leads to 125. Applied twice, flip is the identity."""
         return 1 - x if self.name in ("gamma", "gae_lambda") else x
 
-    def inside(self, x):
+    def inside(self, x):  # the nearest value within the bounds
         x = min(max(x, self.low), self.high)
         return round(x) if self.kind == "int" else x
 
@@ -195,7 +195,7 @@ class Hyperparameter:
 
     def perturb(self, x, rng):
         """x times 0.8 or 1.2, within the bounds (paper, section 4.1): a factor, since most hyperparameters matter by
-        their ratio, and a small one, since the copied weights have grown up with x. An integer moves by at least 1, a
+        their ratio, and a small one, since the copied weights were trained with x. An integer moves by at least 1, a
         category to a neighbour; 0, which no factor would ever move, is drawn anew."""
         up = rng.random() < 0.5
         if self.kind == "cat":
@@ -219,9 +219,9 @@ def explore(values, hyperparameters, chance, rng):
 
 
 def train(args):
-    """Train a population to its end. A member is ready, then trains a leg in a slot, then waits for the decision about
-    it, and is ready again: as itself, or as a copy of another one. Returns a summary. Raises UserError, nearly always
-    before anything is written: a mistake that only a first leg shows leaves a folder that is free."""
+    """Train a population to its end. A member trains a leg in a slot, waits for the decision about it, and trains the
+    next leg: as itself, or as a copy of another one. Returns a summary. Raises UserError, nearly always before anything
+    is written: a mistake that only a first leg shows leaves a folder, which the corrected command may use."""
     population, running, signals = Population(args), {}, []  # running: slot -> its leg, and when that started
 
     def note(number, frame):  # for the loop to look at; a second signal kills
@@ -238,9 +238,9 @@ def train(args):
         at_the_end.enter_context(population)
         while population.active() and not signals:
             for slot in slots:
-                if slot not in running and slot.available() and (ready := population.ready(running.values())):
-                    leg, request = population.next_leg(ready[0])
-                    shutil.rmtree(population.folder / leg["leg"], ignore_errors=True)  # of a launcher that was killed
+                if slot not in running and slot.available() and (startable := population.startable(running.values())):
+                    leg, request = population.next_leg(startable[0])
+                    shutil.rmtree(population.folder / leg["leg"], ignore_errors=True)  # left by a killed launcher
                     running[slot] = leg, time.monotonic()
                     slot.start(request)
                 if slot in running:
@@ -263,7 +263,7 @@ def train(args):
     return {"best": os.path.relpath(best), "leg": population.best, "score": score, "signal": next(iter(signals), None)}
 
 
-# ==== The population: its members, its decisions, and its memory ======================================================
+# ==== The population: a list of events, and what follows from it, so that nothing is lost in a crash ==================
 
 
 @dataclass
@@ -277,13 +277,13 @@ class Member:
     waiting: bool = False  # for the next decision: it has finished a leg, or failed twice
     tries: int = 0  # legs that it has run itself, finished or failed; the next one is named m<id>/t<tries + 1>
     failures: int = 0  # of its next leg, so far
-    score: float | None = None  # of its last leg; none yet, or none since it became a copy
-    leg: str | None = None  # whose checkpoint its next leg starts from
+    score: float | None = None  # of its last leg; None if it has run none since it began or became a copy
+    leg: str | None = None  # name of the leg, perhaps another member's, whose checkpoint its next leg starts from
 
 
 def generator(args, purpose, *numbers):
     """Each decision has random numbers of its own, which depend on the seed and on what they are for. So there is no
-    random state to save, and a launcher that was killed draws the same again."""
+    random state to save, and a resumed launcher draws the same again. purpose: 1 for first draws, 2 for decisions."""
     return np.random.default_rng((args.seed, purpose, *numbers))
 
 
@@ -306,10 +306,10 @@ class Population:
         """The members that have steps left to train."""
         return [m for m in self.members.values() if m.step < self.args.total_timesteps]
 
-    def ready(self, running):
-        """The members whose next leg can start: those that neither train, nor wait for a decision. Those with the
-        fewest steps come first, so that with few slots nobody falls behind. A second try comes last: perhaps in another
-        slot, if it was the slot that failed."""
+    def startable(self, running):
+        """The members whose next leg can start: those that neither train nor wait for a decision. Those with the fewest
+        steps come first, so that with few slots nobody falls behind. A second try comes last, so that it may get
+        another slot, if it was the slot that failed."""
         busy = {leg["member"] for leg, _ in running}
         idle = [m for m in self.active() if not (m.waiting or m.id in busy)]
         return sorted(idle, key=lambda m: (m.failures, m.step))
@@ -320,7 +320,7 @@ class Population:
         folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
         args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
         target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)  # the next decision
-        hyper = next((hyper for step, hyper in args.schedule if step >= target), member.hyper)  # no search: no schedule
+        hyper = next((hyper for step, hyper in args.schedule if step >= target), member.hyper)  # --replay, or its own
         leg = {"member": member.id, "leg": name, "source": member.leg, "hyper": hyper, "seed": member.seed}
         flags = {"env_id": args.env_id, "total_timesteps": args.total_timesteps, "stop_at_step": target}
         flags |= {"checkpoint_every": args.interval, "seed": member.seed, "run_dir": self.folder / name}
@@ -338,22 +338,22 @@ class Population:
         return min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
 
     def due(self):
-        """The members to decide about: those that wait. In sync mode there are none until all do, so that no decision
-        depends on who was faster, and a seed fixes them all. In async mode members are compared at different steps, and
-        one that has failed twice waits until another finishes a leg."""
+        """The members to decide about (`ready` in the paper): those that wait. In sync mode none, until all do, so that
+        no decision depends on who was faster, and a seed fixes them all. In async mode members are compared at
+        different steps, and one that has failed twice waits until another finishes a leg."""
         active = self.active()
         waiting = [m for m in active if m.waiting]
-        finished = [m for m in waiting if m.failures < 2]
-        return waiting if len(waiting) == len(active) or self.args.mode == "async" and finished else []
+        one_is_enough = self.args.mode == "async" and any(m.failures < 2 for m in waiting)
+        return waiting if one_is_enough or len(waiting) == len(active) else []
 
     def decide(self, members):
         """Exploit and explore. All are ranked, but only those that wait can become copies: nobody's leg is broken off.
         A member that has failed twice copies the best one, whatever the flags say of copies. All copies are one event,
         so that a crash leaves all of them or none. Raises RunFailed if there is nobody to copy."""
         args, everybody, copies = self.args, self.members.values(), []
-        rng = generator(args, 2, self.decisions)  # purpose 1 are the first draws
+        rng = generator(args, 2, self.decisions)
         donors = exploit({m.id: m.score for m in everybody}, args, rng)
-        bad = {m.leg for m in everybody if m.failures >= 2} | {None}  # the checkpoints of those may be damaged
+        bad = {m.leg for m in everybody if m.failures >= 2} | {None}  # checkpoints that may be damaged, or do not exist
         sound = ranked({m.id: m.score for m in everybody if m.leg not in bad})
         searched = [] if args.replay else self.hyperparameters  # a replay's are those of the schedule
         for m in members:
@@ -376,7 +376,7 @@ class Population:
         if "error" not in result and (result["signal"] or not self.checkpoint(name).exists()):
             result = {"error": f"{name} ended without a checkpoint, signal {result['signal']}"}
         if "error" in result:
-            if result.get("mistake") and not self.legs:
+            if result.get("mistake") and not self.legs:  # no leg has finished: the flags are wrong for all members
                 raise UserError(result["error"])
             say(f"member {member}: {result['error']}")
             self.record("failed", member=member, leg=name, error=result["error"])
@@ -469,7 +469,7 @@ def command_line(flags):
 
 
 def read_events(folder):
-    """The events in a folder, and the bytes they take. Half a line at the end did not happen. Raises UserError."""
+    """The events in a folder, and their size in bytes. An unfinished last line does not count. Raises UserError."""
     path = Path(folder) / "events.jsonl"
     if (path.parent / "checkpoint.pt").exists():
         raise UserError(f"{folder} holds a single run, no population")
@@ -499,7 +499,7 @@ def winners_schedule(population):
     return [[leg["step"], leg["hyper"]] for leg in chain] + [[sys.maxsize, chain[-1]["hyper"]]]  # and so to the end
 
 
-# ==== Legs, and the slots in which they run ===========================================================================
+# ==== Slots: legs run in processes of their own, so that a crash costs one leg ========================================
 
 
 class Script:
@@ -518,8 +518,8 @@ class Script:
         return self.module
 
     def answer(self, request):
-        """Do what is requested. Returns a dict: step, returns and signal of a leg, or an error and whether it is a
-        mistake in the flags."""
+        """Do what is requested: {"check": flags}, or for a leg {"log": path, "train": flags} and perhaps "evaluate":
+        flags. Returns a dict: a leg's step, returns and signal, or an error and whether the flags are to blame."""
         try:
             script = self.load()
             if "check" in request:  # whatever a script can say of its flags without training
@@ -545,7 +545,7 @@ class Script:
             return {"error": f"{Path(self.path).name}: {text}", "mistake": kind in ("UserError", "SystemExit")}
 
     def serve(self, pipe, gpu):
-        """The process of a LocalSlot. When the launcher dies, it kills its group, so that nothing is left behind."""
+        """The process of a LocalSlot. When the launcher dies, this process kills its whole group, itself included."""
         os.setsid()  # a group of its own, which Ctrl-C in the terminal does not reach
         launcher = multiprocessing.parent_process()
         threading.Thread(target=lambda: (launcher.join(), os.killpg(0, signal.SIGKILL)), daemon=True).start()
@@ -560,9 +560,9 @@ class Script:
 
 
 def check_flags(population, slot, signals):
-    """Let the script itself read the flags of a first leg, before anything is written: both ends of each prior, since a
-    bound that the script refuses might be drawn only after hours, then the first draws. A slot does it, because only
-    where legs run is there a GPU, say. Raises UserError."""
+    """Let the script itself read the flags of a first leg, before anything is written: with both ends of each prior,
+    since a bound that it refuses might be drawn only after hours, and with the first draws. This happens in a slot, as
+    the launcher's own machine may lack what legs need, such as a GPU. Raises UserError."""
     trials = []
     for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
@@ -578,8 +578,8 @@ def check_flags(population, slot, signals):
 
 
 class LocalSlot:
-    """A process on this machine. A crash takes one leg with it and nothing else. A slot can start, poll and kill a leg;
-    the launcher never waits for it."""
+    """A process on this machine, so that a crash takes one leg with it and nothing else. A slot can start, poll and
+    kill a leg; none of the three waits for the leg to end."""
 
     def __init__(self, index, args):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same bits, however many slots there are
@@ -625,7 +625,7 @@ class LocalSlot:
 
 class RaySlot:
     """An actor on a Ray cluster, with a LocalSlot's interface. It is lost with its worker or node, and then made anew.
-    It imports the script once, where a task would for every leg; and no leg's clock runs while it waits for room."""
+    An actor imports the script once, a Ray task would for every leg. A leg's clock starts when the cluster has room."""
 
     def __init__(self, ray, args):
         self.ray, self.args, self.actor = ray, args, None
@@ -707,8 +707,8 @@ def draw(population):
     scores = [leg["score"] for leg in legs.values() if leg["score"] is not None]
     colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(scores), max(scores)), "viridis")
 
-    def save(axis, name, key):  # key: {label: style} of the legend
-        for label, style in key.items():
+    def save(axis, name, legend):  # legend: {label: style}
+        for label, style in legend.items():
             axis.plot([], [], label=label, **style)
         axis.set(xlabel="environment steps")
         axis.figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -724,9 +724,9 @@ def draw(population):
         if donor != row:  # the first leg of a copy
             arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.2", "color": "C3" if name in winner else "0.5"}
             axis.annotate("", xy=(begin[name], row), xytext=(begin[name], donor), arrowprops=arrow)
-    key = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
-    key["copy, from donor to member (red: on that way)"] = {"color": "0.5", "marker": ">"}
-    save(axis, "lineage.png", key)
+    legend = {"the way to the best score": {"color": "0.3", "lw": 9}, "other legs": {"color": "0.3", "lw": 3}}
+    legend["copy, from donor to member (red: on that way)"] = {"color": "0.5", "marker": ">"}
+    save(axis, "lineage.png", legend)
     if not searched:
         return
 
@@ -808,7 +808,7 @@ OURS = {"env_id", "total_timesteps", "stop_at_step", "seed", "checkpoint_every",
 
 
 def parse_args(argv) -> Args:
-    """Our flags and, after --, the script's. A replay searches what the population that it replays has searched."""
+    """Our flags and, after --, the script's. With --replay, --mutate and the schedule are the other population's."""
     split = argv.index("--") if "--" in argv else len(argv)
     args = replace(cli(argv[:split]), script_flags=argv[split + 1 :])
     if args.replay:  # its schedule is stored here, since the population there may go on, or be deleted
@@ -853,7 +853,7 @@ def check_args(args):
 
 
 def check_folder(args):
-    """A folder belongs to one population, and only with --resume to an earlier process. Raises UserError."""
+    """The folder must be unused or, with --resume, hold this population. Raises UserError."""
     if args.resume:
         for key, stored in vars(load_population(args.run_dir).args).items():
             if key not in PROCESS_ONLY and stored != (here := getattr(args, key)):

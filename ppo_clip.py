@@ -314,7 +314,7 @@ def make_batch(agent, rollout, gamma, gae_lambda):
 
 
 def clipped_surrogate(ratio, advantage, clip_coef):
-    """min(r A, clip(r, 1-eps, 1+eps) A) per sample: PPO eq. (7). (M,), (M,) -> (M,)"""
+    """min(r A, clip(r, 1-eps, 1+eps) A) per sample: PPO eq. (7). (M, ...), (M, ...) -> (M, ...)"""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
 
 

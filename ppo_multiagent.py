@@ -6,26 +6,26 @@
 """PPO for several agents: MAPPO (Yu et al. 2022, arXiv 2103.01955), IPPO (de Witt et al. 2020, 2011.09533), self-play.
 
 Several agents act at the same time, each on its own observation. For any one of them the others are a part of the
-world, and this part changes while they learn. PPO copes with that better than one would expect: each agent maximises
-the clipped surrogate of ppo_clip.py (which explains it), and the clip also limits how much the others change at once.
+world, and this part changes while they learn. PPO copes with that better than one would expect, perhaps because the
+clip also takes away the others' reason to change much at once. Each agent maximises what ppo_clip.py explains:
 
-    L(theta) = mean over t, g of  min(r_t^g A_t^g, clip(r_t^g, 1-eps, 1+eps) A_t^g)  +  entropy  -  value error
+    L(theta) = mean over t, g of  min(r_t^g A_t^g, clip(r_t^g, 1-eps, 1+eps) A_t^g) - vf_coef (V - R)^2 + ent_coef H
 
 What is special to several agents is where the advantages A_t^g come from, and who the others are:
 
     ippo       Independent learners. Agent g's critic sees what agent g sees: V(o^g).
-    mappo      Agents that learn together and act apart. The critic sees the joint state: V(s, g). It is needed for
-               training only, so the policies pi(a^g|o^g) stay decentralised. With --critic-input state-actions it is
-               V(s, a^-g): agent g's critic also sees what the others do. Team.actions_of_others says why it may.
+    mappo      Centralised training, decentralised execution. Critics are needed for training only, so they may see the
+               joint state, V(s, g), while a policy pi(a^g|o^g) sees what its agent sees. --critic-input state-actions
+               shows them the others' actions, too: V(s, a^-g). Team.actions_of_others says why that is allowed.
     selfplay   One policy plays both sides of a zero-sum game, against itself and against its own past.
 
-mappo and ippo differ in the critic's input and in nothing else. All agents share one network, which a one-hot vector
-tells whom it speaks for. With --no-share-params each has networks, normalisers and a gradient norm of its own.
+mappo and ippo differ only in the critic's input. All agents share an actor and a critic, which see a one-hot agent id.
+With --no-share-params each has its own, with normalisers (but for the joint state's) and a gradient norm of its own.
 
-What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for what is not
-there. Left out are recurrence, layer norm, and the Huber loss and clipping of values. Three things differ on purpose:
-four minibatches, not one, as simple_spread is learned faster; time limits are bootstrapped through; and an agent that
-leaves before the others gets no share of its team's later rewards.
+What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for illegal
+actions and dead agents. Left out are recurrence, layer norm, the Huber loss and value clipping. Three things differ on
+purpose: four minibatches, not one (simple_spread is learned faster); V of the last state stands for what a time limit
+cuts off; and an agent that leaves before the others gets no share of its team's later rewards.
 
     python ppo_multiagent.py                                                    # MAPPO on simple_spread: one minute
     python ppo_multiagent.py --algorithm ippo --no-share-params
@@ -33,8 +33,8 @@ leaves before the others gets no share of its team's later rewards.
     python ppo_multiagent.py --env-id mpe2.simple_tag_v3 --team-reward none     # any PettingZoo parallel environment
     python ppo_multiagent.py --evaluate runs/simple_spread__ppo_multiagent__1__DATE
 
-What to expect: -55 on simple_spread after 550 000 steps, summed over agents; random play gets -80. Other projects count
-differently: docs/multiagent.md converts their scores, and says how well self-play plays.
+What to expect on simple_spread with --total-timesteps 550000: a return, summed over agents, of -55 (random play: -80).
+Other projects count differently: docs/multiagent.md converts their scores, and says how well self-play plays.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, G agents, P learners (1 or G),
 D numbers in an observation, S in a state, A actions (Discrete) or action dimensions (Box).
@@ -89,7 +89,7 @@ Distribution.set_default_validate_args(False)  # checking arguments would wait f
 class Args:
     """MAPPO, IPPO and self-play. Defaults: near the MAPPO paper's for particle environments; self-play's are below."""
 
-    algorithm: Literal["mappo", "ippo", "selfplay"] = "mappo"  # joint critic; own critics; one policy on both sides
+    algorithm: Literal["mappo", "ippo", "selfplay"] = "mappo"  # centralised critic; local critics; both sides of a game
     env_id: str = "simple_spread"  # simple_spread, connect_four (selfplay), or PettingZoo's: mpe2.simple_tag_v3
     env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
     total_timesteps: int = 1_000_000  # steps of the whole run, all agents acting in each; selfplay: the learner's moves
@@ -104,13 +104,13 @@ class Args:
     eval_episodes: int = 10  # with --evaluate: the number of episodes or, in self-play, of games against random play
     capture_video: bool = False  # with --evaluate: write a video of every episode (PettingZoo environments)
 
-    num_envs: int = 128  # N, parallel environments (the authors of the official code: "at least over 50")
+    num_envs: int = 128  # N, parallel environments (the MAPPO authors advise more than 50)
     num_steps: int = 25  # T, steps in each environment per iteration
     num_workers: int = CORES  # processes that run PettingZoo environments, this one included; 0: only this one
 
     share_params: bool = True  # one network for all agents; --no-share-params: each agent has its own
     critic_input: Literal["state", "state-actions"] = "state"  # mappo: V(s, g), or V(s, a^-g) with the others' actions
-    team_reward: Literal["sum", "mean", "none"] = "sum"  # an agent learns from all agents' rewards, or from its own
+    team_reward: Literal["sum", "mean", "none"] = "sum"  # each gets the sum or mean of all rewards; none: its own
     hidden_size: int = 64  # width of the two hidden layers
     norm_obs: bool = True  # scale observations and states by running statistics
 
@@ -127,8 +127,8 @@ class Args:
     vf_coef: float = 0.5  # weight of the squared error of the normalised value
     max_grad_norm: float = 10.0  # clip the norm of each learner's gradient to this
 
-    latest_prob: float = 0.5  # selfplay: share of opponents, in eighths, that are the present policy, not snapshots
-    opening_plies: int = 0  # selfplay: half of the boards start games after 1 to this many random plies; 0: none
+    latest_prob: float = 0.5  # selfplay: share of the 8 opponents that are the present policy; the others: snapshots
+    opening_plies: int = 0  # selfplay: half of the boards start after 1 to this many random plies (moves); 0: none
     pool_size: int = 32  # selfplay: the largest number of snapshots, taken at equal intervals over the run
 
 
@@ -141,22 +141,22 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 
 # ==== What a world is =================================================================================================
 #
-# A world is what the agents live in, N copies of it at once, as tensors. Three kinds exist. SimpleSpread (cooperation)
-# and SelfPlay (a game, seen by one of its two players) are built in, and move all copies together. PettingZoo holds
-# environments that others have written; they move one after the other. make_world makes what --env-id names.
+# One training loop serves cooperation, games and other people's environments, because each is wrapped as a world: N
+# copies of what the agents live in, as tensors. SimpleSpread and SelfPlay (a game, seen by one of its players) are
+# built in and step all copies at once; PettingZoo steps others' environments one by one. make_world chooses.
 #
-# A world says how much it shows: num_agents G, obs_dim D, state_dim S, and action_space, that of one agent (of the
-# widest, if they differ; the others are padded). What it shows at one moment is a view, a dict:
+# A world has num_agents G, obs_dim D, state_dim S and action_space, that of one agent (of the one with most actions;
+# the others are padded). What it shows at one moment is a view, a dict:
 #     obs    (N, G, D)  what each agent sees
-#     state  (N, S)     what all of them know together, for MAPPO's critic
+#     state  (N, S)     for MAPPO's critic: all observations joined, or the environment's own state()
 #     legal  (N, G, A)  the actions that exist for an agent, and are allowed now
-#     alive  (N, G)     who takes part: in some worlds agents leave before the others
-# It has the methods view(), reset(generator), noise(T), the random numbers of T steps, and
+#     alive  (N, G)     1 while an agent takes part: in some worlds agents leave before the others
+# Its methods are view(), reset(generator), noise(T), which draws the random numbers of T steps, and
 #     step(action, noise) -> view, successor, reward (N, G), terminated (N, G), over (N,)
-# `over` says where an episode has ended. There `view` is already the next episode's, `successor` what was seen last.
+# `over` is 1 where an episode has ended. There `successor` is its last view, and `view` the first of the next episode.
 #
-# In a step of a built-in world nothing moves in memory, depends on a number in Python or waits for the device, so that
-# a CUDA graph can hold T of them. PettingZoo's environments draw their own random numbers; reset gives each a seed.
+# A step of a built-in world overwrites tensors in place, branches on no value and never waits for the device, so that a
+# CUDA graph can hold T of them. PettingZoo's environments draw their own random numbers; reset gives each a seed.
 
 
 # ==== Policies and critics of a team ==================================================================================
@@ -192,12 +192,12 @@ class RunningMeanStd(nn.Module):
 
 
 class StackedMLP(nn.Module):
-    """P networks of the same shape, side by side, with two hidden ReLU layers: (..., G, inputs) -> (..., G, outputs).
-    P = 1: one for all G agents; P = G: one each.
+    """P networks of the same shape, stacked so that one product of matrices evaluates all of them. Each has two hidden
+    ReLU layers. (..., G, inputs) -> (..., G, outputs). P = 1: one for all G agents; P = G: one each.
 
-    A world may have windows (W, K): W groups of K input indices, such as the lines of a board. The first layer then
-    reads every group with the same weights, as a convolution does, and has hidden/8 features for each. So what is
-    learned in one place is known in all."""
+    What is learned at one place of a board should be known at all. So a world may have windows (W, L): W groups of L
+    input indices, such as the lines of a board. The first layer then reads every group with the same weights, as a
+    convolution does, and has hidden/8 features for each."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
         super().__init__()
@@ -205,8 +205,8 @@ class StackedMLP(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         layers = [(inputs, hidden), (hidden, hidden), (hidden, outputs)]
         if windows is not None:
-            (W, K), features = windows.shape, math.ceil(hidden / 8)
-            layers[:2] = (K, features), (W * features, hidden)
+            (W, L), features = windows.shape, math.ceil(hidden / 8)
+            layers[:2] = (L, features), (W * features, hidden)
         for (n_in, n_out), gain in zip(layers, (math.sqrt(2), math.sqrt(2), output_gain)):
             self.weights.append(torch.empty(P, n_in, n_out))
             self.biases.append(torch.zeros(P, 1, n_out))
@@ -217,10 +217,10 @@ class StackedMLP(nn.Module):
         P, lead = len(self.weights[0]), x.shape[:-1]
         x = x.flatten(0, -2)[None] if P == 1 else x.flatten(0, -3).transpose(0, 1)  # (P, rows, inputs)
         if self.windows is not None:
-            x = x[..., self.windows]  # (P, rows, W, K)
+            x = x[..., self.windows]  # (P, rows, W, L)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = x.relu() if i else x
-            x = torch.baddbmm(bias, x.reshape(P, -1, weight.shape[1]), weight)  # first rows * W rows, then rows again
+            x = torch.baddbmm(bias, x.reshape(P, -1, weight.shape[1]), weight)  # (P, rows, n_out); windows: rows * W
         return x.transpose(0, 1).reshape(*lead, x.shape[-1])
 
 
@@ -241,10 +241,10 @@ class Team(nn.Module):
         self.action_dim = A = int(world.action_space.n if self.discrete else world.action_space.shape[0])
         self.register_buffer("identity", torch.eye(self.G), persistent=False)
         ids = self.G if self.P < self.G else 0  # the one-hot agent id, where agents share a network
-        D = {"obs": world.obs_dim, "state": world.state_dim, "state-actions": world.state_dim + self.G * A}
+        sizes = {"obs": world.obs_dim, "state": world.state_dim, "state-actions": world.state_dim + self.G * A}
         windows = getattr(world, "windows", None)
         self.actor = StackedMLP(self.P, world.obs_dim + ids, args.hidden_size, A, 0.01, windows)
-        self.critic = StackedMLP(self.P, D[self.critic_sees] + ids, args.hidden_size, 1, 1.0, windows)
+        self.critic = StackedMLP(self.P, sizes[self.critic_sees] + ids, args.hidden_size, 1, 1.0, windows)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(self.P, A))  # the same in all states; ppo_clip.py says why
         scaled = args.norm_obs  # else the first two lists are empty
@@ -291,10 +291,10 @@ class Team(nn.Module):
         return self.critic(self.with_id(x)).squeeze(-1)
 
     def actions_of_others(self, action):
-        """All agents' actions (..., G) or (..., G, A), for each agent with zeros in place of its own. (..., G, GA)
+        """What each agent's critic sees of the actions (..., G) or (..., G, A): all, its own as zeros. (..., G, G*A)
 
-        With them V(s, a^-g) knows what the others did, so that it is no longer noise in agent g's advantage. Nor does
-        it bias the policy gradient. Let b be any function of s and a^-g, and let all agents draw independently:
+        V(s, a^-g) knows what the others did, so their choices are no longer noise in agent g's advantage. And it does
+        not bias the policy gradient. Let b be any function of s and a^-g, and let all agents draw independently:
 
             E[ grad log pi(a^g|o^g) b(s, a^-g) ]
               = E_{s,o} E_{a^-g|o} [ b(s, a^-g)  sum_{a^g} pi(a^g|o^g) grad log pi(a^g|o^g) ]      independence
@@ -323,16 +323,16 @@ class Team(nn.Module):
 
     def value_scale(self):
         """Mean and standard deviation of the returns, (P,) each: a value is mean + std * the critic's output."""
-        mean, inv_std = (torch.stack([getattr(rms, x) for rms in self.value_rms]) for x in ("mean", "inv_std"))
-        return mean.float(), 1 / inv_std.float()
+        mean, inv_std = [rms.mean for rms in self.value_rms], [rms.inv_std for rms in self.value_rms]
+        return torch.stack(mean).float(), 1 / torch.stack(inv_std).float()
 
     @torch.no_grad()
     def update_statistics(self, rollout, returns):
-        """Let a rollout's observations, states and returns (T, N, G) enter the running statistics, where agents live.
+        """Let a rollout's states, and the observations and returns (T, N, G) of living agents, enter the statistics.
 
         NOTE: the critic's last layer is rescaled so that new units change no value (PopArt, van Hasselt et al. 2016).
-        Without it, a growing standard deviation stretches all values, and the next targets, which bootstrap from them.
-        On simple_spread both then grow without limit within 100 000 steps."""
+        Without it, a growing standard deviation stretches all values, and so the next targets, which bootstrap from
+        them: on simple_spread both diverge within 100 000 steps."""
         old_mean, old_std = (x.view(-1, 1, 1) for x in self.value_scale())
         chunks = (x.chunk(self.P, 2) for x in (rollout["alive"] > 0, returns, rollout["obs"]))
         for p, (alive, returns_p, obs_p) in enumerate(zip(*chunks)):
@@ -354,10 +354,10 @@ class Team(nn.Module):
 
 # ==== Collecting ======================================================================================================
 #
-# Algorithm 1, lines 2 and 3: the old policies act for T steps in N environments. A rollout is a dict of tensors
-# (T, N, ...): each key of a view, the same with next_ for what followed, action, reward, terminated (T, N, G) and
-# over. Only actors are evaluated here. Values and log-probabilities follow in one large batch (make_team_batch), since
-# no parameter moves during a rollout.
+# PPO's Algorithm 1, lines 2 and 3: the old policies act for T steps in N environments. A rollout is a dict of tensors:
+# the views before all steps, (T, N, ...) each; their successors, as next_obs and so on; action (T, N, G) or
+# (T, N, G, A); reward and terminated (T, N, G); over (T, N). Only policies are evaluated here. Values and
+# log-probabilities follow in one large batch (make_team_batch), since no parameter moves during a rollout.
 
 
 def empty_rollout(team, world, T, N):
@@ -403,7 +403,7 @@ class TeamEnvironments:
         for t, (noise, world_noise) in enumerate(zip(*self.noise)):
             self.t = t
             obs[self.part], legal[self.part] = view["obs"], view["legal"]
-            action = self.old_team.act(obs, legal, noise)[self.part]
+            action = self.old_team.act(obs, legal, noise)[self.part]  # (n, G) or (n, G, A)
             next_view, successor, reward, terminated, over = self.world.step(action, world_noise)
             now = view | {f"next_{key}": x for key, x in successor.items()}
             now |= {"action": action, "reward": reward, "terminated": terminated, "over": over}
@@ -415,7 +415,7 @@ class TeamEnvironments:
 # ==== Advantages, loss, update ========================================================================================
 #
 # From here on it is PPO, once for each learner: the same advantages, the same clip, the same Adam as in ppo_clip.py. A
-# sample counts only where its agent was alive, and each learner averages, normalises and clips over its own samples.
+# sample counts only where its agent was alive. Each learner averages over its own samples and clips its own gradient.
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -445,7 +445,7 @@ def make_team_batch(team, rollout, args):
     device = team.identity.device
     rollout = {key: x.to(device) for key, x in rollout.items()}
     action, leaves = rollout["action"], rollout["alive"] - rollout["next_alive"]  # (T, N, G) or (T, N, G, A), (T, N, G)
-    # An agent is done when it terminates, when the episode is over, and when it leaves alone.
+    # An agent is done when it terminates, when the episode ends for all, or when it leaves before the others.
     done = torch.maximum(rollout["terminated"], rollout["over"][..., None]).maximum(leaves)
     obs, next_obs = (team.scaled_obs(rollout[key]) for key in ("obs", "next_obs"))  # (T, N, G, D)
     state, next_state, next_action = None, None, action
@@ -458,26 +458,26 @@ def make_team_batch(team, rollout, args):
         next_action[:-1][goes_on] = action[1:][goes_on]
     mean, std = team.value_scale()
     value, next_value = team.value(obs, state, action), team.value(next_obs, next_state, next_action)  # (T, N, G)
-    reward = rollout["reward"]
-    if args.team_reward != "none":
-        reward = (reward.sum(-1, True) if args.team_reward == "sum" else reward.mean(-1, True)).expand_as(reward)
+    reward, pooled = rollout["reward"], {"sum": torch.sum, "mean": torch.mean}.get(args.team_reward)
+    if pooled:  # each agent gets the whole team's
+        reward = pooled(reward, -1, keepdim=True).expand_as(reward)  # (T, N, G)
     raw_value, next_raw_value = mean + std * value, mean + std * next_value  # in units of the reward, (T, N, G)
     advantage = gae(reward, raw_value, next_raw_value, rollout["terminated"], done, args.gamma, args.gae_lambda)
-    parameters = team.policy_parameters(obs, rollout["legal"])
+    returns, parameters = advantage + raw_value, team.policy_parameters(obs, rollout["legal"])
     batch = {"obs": obs, "legal": rollout["legal"], "alive": rollout["alive"], "action": action}
     batch |= {"old_policy": parameters, "logprob": team.distribution(parameters).log_prob(action)}
-    batch |= {"advantage": advantage, "value": value, "return": (advantage + raw_value - mean) / std}
+    batch |= {"advantage": advantage, "value": value, "return": (returns - mean) / std}
     batch |= {"state": state} if state is not None else {}
-    return {key: x.flatten(0, 1) for key, x in batch.items()}, advantage + raw_value
+    return {key: x.flatten(0, 1) for key, x in batch.items()}, returns
 
 
 def clipped_surrogate(ratio, advantage, clip_coef):
-    """min(r A, clip(r, 1-eps, 1+eps) A) per sample: PPO eq. (7). (M,), (M,) -> (M,)"""
+    """min(r A, clip(r, 1-eps, 1+eps) A) per sample: PPO eq. (7). (M, ...), (M, ...) -> (M, ...)"""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
 
 
 def team_loss(team, batch, coef, norm_adv):
-    """-L(theta) on one minibatch, summed over learners, and a dict of scalars to log, their means. batch: as made by
+    """-L(theta) on one minibatch, summed over learners, and a dict of scalars to log, averaged over learners. batch: of
     make_team_batch, (M, ...). coef: the float flags by name, as tensors."""
     weight = batch["alive"].reshape(-1, team.P)  # (rows, P): P = 1 learns from the samples of all agents alike
     weight = weight / weight.sum(0).clamp(min=1)
@@ -488,10 +488,10 @@ def team_loss(team, batch, coef, norm_adv):
     advantage = batch["advantage"]
     if norm_adv:
         centred = advantage - mean(advantage)
-        advantage = centred / (mean(centred.square()).sqrt() + 1e-8)
+        advantage = centred / (mean(centred.square()).sqrt() + 1e-8)  # (M, G)
 
     policy = team.policy(batch["obs"], batch["legal"])
-    # A dead agent's ratio is 1: its weight 0 would not undo an overflow, as 0 * inf is nan.
+    # A dead agent's ratio is set to 1: its weight 0 would not undo an overflow, as 0 * inf is nan.
     log_ratio = (policy.log_prob(batch["action"]) - batch["logprob"]) * batch["alive"]  # (M, G)
     ratio = log_ratio.exp()
     policy_loss = -mean(clipped_surrogate(ratio, advantage, coef["clip_coef"]))
@@ -507,8 +507,8 @@ def team_loss(team, batch, coef, norm_adv):
 
 
 def update_team(team, state, batch, coef, norm_adv):
-    """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on a minibatch. state: all parameters as one
-    vector, Adam's moments m and v, its step count t, and the sums of what is logged. Returns the next state.
+    """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on a minibatch. state, here the optimiser's:
+    all parameters as one vector, Adam's m and v, its step count t, the sums of what is logged. Returns the next state.
 
     NOTE: each learner's gradient is clipped by its own norm. With one norm over all, an agent with large gradients
     would shorten the steps of agents that it has nothing to do with.
@@ -586,9 +586,9 @@ def train(args: Args) -> dict:
 
             # ---- self-play: who sits on the other side ---------------------------------------------------------------
             if pool:
-                if global_step // B % pool.every == 0:
+                if (global_step // B) % pool.every == 0:
                     pool.add(team, world, global_step)
-                world.deal(pool.draw(team, world.HAND))
+                world.set_opponents(pool.draw(team, world.OPPONENTS))
                 if args.opening_plies:
                     world.new_openings(args.opening_plies)
 
@@ -633,42 +633,41 @@ def train(args: Args) -> dict:
 #
 # Against a fixed opponent a policy learns to exploit it. Against itself it always meets an equal, and both get better.
 # But a policy that only knows its present self may run in circles: what beats today's policy may lose to last week's.
-# So some of the boards are played against snapshots of the past, which are kept in a pool. At each board the learner
-# has one seat. Whoever has the other one is a part of the learner's world, and nothing is learned from its moves.
+# So some boards are played against snapshots of the past (as in Bansal et al. 2018, arXiv 1710.03748), kept in a pool.
+# On each board the learner is one player. The other is a part of its world: nothing is learned from the other's moves.
 #
-# In every iteration a new hand of opponents is drawn, and all games begin anew. Where one is cut off by that, the value
-# of its last position stands for the rest. All opponents have the same number of boards, so that one product of stacked
-# matrices moves them all.
+# Every iteration draws new opponents and begins all games anew. Where that cuts a game off, the value of its last
+# position stands for the rest. All opponents have the same number of boards, so that one product of stacked matrices
+# moves them all.
 
 
 class SelfPlay:
-    """A two-player zero-sum game as a world with one agent. A step is the agent's ply and the opponent's reply. Each
-    side sees the board from its own point of view. The reward is 1 for a win, -1 for a loss, also if the opponent's ply
-    decides. Whoever did not make the last ply opens the next game: nobody has to pass, and the loser gets to begin."""
+    """A two-player zero-sum game as a world with one agent. A step is the agent's ply (one player's move) and the
+    opponent's reply. Each side sees the board from its own point of view. The reward is 1 for a win and -1 for a loss,
+    whoever made the last ply. The other player opens the next game: nobody has to pass, and the loser gets to begin."""
 
-    num_agents, HAND = 1, 8  # HAND: opponents that are met in one iteration
+    num_agents, OPPONENTS = 1, 8  # OPPONENTS: how many are met in one iteration
 
     def __init__(self, game, args):
         self.game, self.obs_dim, self.state_dim = game, game.obs_dim, game.obs_dim
         self.windows = getattr(game, "windows", None)
         self.action_space = gym.spaces.Discrete(game.num_actions)
-        self.hand = StackedMLP(self.HAND, self.obs_dim, args.hidden_size, game.num_actions, 1.0, self.windows)
-        for parameters in self.hand.to(game.device).parameters():
-            nn.init.zeros_(parameters)  # all moves are alike: until others are dealt, the opponents play at random
+        self.opponents = StackedMLP(self.OPPONENTS, self.obs_dim, args.hidden_size, game.num_actions, 0.0, self.windows)
+        self.opponents.to(game.device)  # their last layer is 0, so until set_opponents they play at random
 
-    def deal(self, actors):
-        """Make these the opponents from now on: the parameters of HAND actors, as Pool.draw returns them."""
-        self.hand.load_state_dict({name: torch.cat([actor[name].cpu() for actor in actors]) for name in actors[0]})
+    def set_opponents(self, actors):
+        """Play against these from now on: the parameters of OPPONENTS actors, as Pool.draw returns them."""
+        self.opponents.load_state_dict({name: torch.cat([x[name].cpu() for x in actors]) for name in actors[0]})
 
-    def new_openings(self, K):
-        """From now on, half of the boards begin their games after up to K random plies. Without that a policy would
-        know nothing of positions that good play never comes to. A random ply that would end the game is left out."""
+    def new_openings(self, most):
+        """Without random openings a policy would know nothing of positions that good play never comes to. From now on,
+        half of the boards begin their games after 1 to `most` random plies. One that would end the game is left out."""
         game, N = self.game, self.game.num_envs
-        plies = (torch.randint(1, K + 1, (N,)) * (torch.rand(N) < 0.5)).to(game.device)
-        opening, noise = type(game)(N, game.device), gumbel(K, N, game.num_actions).to(game.device)
-        for ply in range(K):
+        plies = (torch.randint(1, most + 1, (N,)) * (torch.rand(N) < 0.5)).to(game.device)  # (N,)
+        opening, noise = type(game)(N, game.device), gumbel(most, N, game.num_actions).to(game.device)
+        for ply in range(most):
             before, (_, legal) = opening.boards.clone(), opening.view()
-            _, over = opening.play(noise[ply].masked_fill(~legal, -1e8).argmax(-1))
+            _, over = opening.play(noise[ply].masked_fill(~legal, -1e8).argmax(-1))  # a random legal one
             stays = over | (plies <= ply)
             opening.boards.copy_(torch.where(stays[:, None], before, opening.boards))
         game.opening.copy_(opening.boards)
@@ -700,12 +699,12 @@ class SelfPlay:
 
     def opponents_move(self, noise):
         obs, legal = self.game.view()
-        logits = self.hand(obs.view(-1, self.HAND, self.obs_dim))  # board n belongs to opponent n % HAND
+        logits = self.opponents(obs.view(-1, self.OPPONENTS, self.obs_dim))  # board n: opponent n % OPPONENTS
         return (logits.flatten(0, 1).masked_fill(~legal, -1e8) + noise).argmax(-1)
 
 
 class Pool:
-    """Snapshots of the actor, at equal distances; a part of the checkpoint."""
+    """Snapshots of the actor, taken at equal intervals; a part of the checkpoint."""
 
     def __init__(self, args, snapshots=(), strength=()):
         self.args, batch = args, args.num_envs * args.num_steps
@@ -733,10 +732,10 @@ class Pool:
         middle = self.snapshots[len(self.snapshots) // 2]["actor"] if self.snapshots else team.actor.state_dict()
         with torch.random.fork_rng(devices=()):  # training's random numbers go on as if nothing had been played
             torch.manual_seed(seed)
-            arena = SelfPlay(type(world.game)(96, world.game.device), self.args)  # at random at first
-            for key in ("selfplay/score_random", "selfplay/score_middle"):
-                self.strength[key] = (first_episodes(team, arena, sampled=True).mean().item() + 1) / 2
-                arena.deal([middle] * arena.HAND)
+            arena = SelfPlay(type(world.game)(96, world.game.device), self.args)  # its opponents play at random
+            self.strength["selfplay/score_random"] = (first_episodes(team, arena, sampled=True).mean().item() + 1) / 2
+            arena.set_opponents([middle] * arena.OPPONENTS)
+            self.strength["selfplay/score_middle"] = (first_episodes(team, arena, sampled=True).mean().item() + 1) / 2
 
 
 @torch.no_grad()
@@ -764,13 +763,14 @@ class SimpleSpread:
     """Three agents are to cover three landmarks without bumping into each other (Lowe et al. 2017). The same numbers as
     mpe2's simple_spread_v3, whose time limit is 25 steps. NOTE: not the MAPPO paper's: docs/multiagent.md converts."""
 
-    num_agents, obs_dim, state_dim, action_space, length = 3, 18, 54, gym.spaces.Discrete(5), 25
+    num_agents, obs_dim, state_dim = 3, 18, 54
+    action_space, length = gym.spaces.Discrete(5), 25
 
     def __init__(self, num_envs, device):
         self.num_envs = num_envs
-        self.position, self.velocity, self.landmark = torch.zeros(3, num_envs, 3, 2, device=device)
+        self.position, self.velocity, self.landmark = torch.zeros(3, num_envs, 3, 2, device=device)  # (N, 3, 2) each
         self.clock = torch.zeros(num_envs, device=device)
-        self.force = torch.tensor([[0.0, 0], [-5, 0], [5, 0], [0, -5], [0, 5]], device=device)
+        self.force = torch.tensor([[0.0, 0], [-5, 0], [5, 0], [0, -5], [0, 5]], device=device)  # by action: see step
         self.others = torch.tensor([[1, 2], [0, 2], [0, 1]], device=device)
         self.always = torch.ones(num_envs, 3, 5, dtype=torch.bool, device=device)
 
@@ -780,7 +780,7 @@ class SimpleSpread:
     def reset(self, generator):
         self.begin(torch.ones_like(self.clock), self.noise(1, generator)[0].to(self.clock.device))
 
-    def begin(self, where, noise):
+    def begin(self, where, noise):  # new episodes where `where` (N,) is not 0
         where = where.view(-1, 1, 1) > 0
         self.position.copy_(torch.where(where, 2 * noise[:, 0] - 1, self.position))
         self.landmark.copy_(torch.where(where, 2 * noise[:, 1] - 1, self.landmark))
@@ -798,13 +798,13 @@ class SimpleSpread:
         apart = self.position[:, :, None] - self.position[:, None]  # (N, 3, 3, 2)
         distance = apart.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         penetration = 1e-3 * nn.functional.softplus((0.3 - distance) / 1e-3)  # two radii of 0.15
-        push = (100 * apart / distance * penetration).sum(2)
+        push = (100 * apart / distance * penetration).sum(2)  # (N, 3, 2), by the other agents
         self.position.add_(0.1 * self.velocity)  # with the old velocity, as mpe2 does since 2023
         self.velocity.mul_(0.75).add_(0.1 * (self.force[action] + push))
-        touching = (self.position[:, :, None] - self.position[:, None]).norm(dim=-1) < 0.3
+        touching = (self.position[:, :, None] - self.position[:, None]).norm(dim=-1) < 0.3  # (N, 3, 3)
         bumps = touching.sum(-1) - 1  # nobody bumps into itself
         uncovered = (self.landmark[:, :, None] - self.position[:, None]).norm(dim=-1).amin(-1).sum(-1, keepdim=True)
-        reward = -0.5 * (uncovered + bumps)
+        reward = -0.5 * (uncovered + bumps)  # (N, 3): uncovered (N, 1) is common to all, bumps are an agent's own
         self.clock.add_(1)
         successor, over = self.view(), (self.clock == self.length).float()
         self.begin(over, noise)
@@ -813,13 +813,13 @@ class SimpleSpread:
 
 class ConnectFour:
     """N boards of Connect Four, 6 rows of 7 columns. A player's stones are the bits of an int64: bit 7 * column + row,
-    the seventh bit of a column staying empty. The side to move sees three times 42 cells: its own stones, the other's,
-    and where a stone can fall now.
+    the seventh bit of a column staying empty. The side to move sees three planes of 42 cells: its own stones, the
+    other's, and where a stone can fall now.
 
     A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
     whatever they learn on one side they know on the other; half of all positions need not be learned at all.
-    The windows (69, 12) are the 69 lines of four cells. Three stones in a line whose last cell can be filled now mean
-    the same wherever it lies, and in whichever direction it runs.
+    The windows (69, 12) are the 69 lines of four cells, in all three planes. Three stones in a line whose last cell can
+    be filled now mean the same wherever the line lies, and in whichever direction it runs.
     """
 
     obs_dim, num_actions, max_plies = 126, 7, 42
@@ -846,7 +846,7 @@ class ConnectFour:
     def view(self):
         """obs (N, 126), legal (N, 7)"""
         mirrored = ((self.boards[..., None] >> self.columns & 127).flip(-1) << self.columns).sum(-1)
-        smaller, same = mirrored < self.boards, mirrored[:, 0] == self.boards[:, 0]
+        smaller, same = mirrored < self.boards, mirrored[:, 0] == self.boards[:, 0]  # the smaller pair is shown
         self.flipped.copy_(smaller[:, 0] | same & smaller[:, 1])
         boards = torch.where(self.flipped[:, None], mirrored, self.boards)
         # One more in each column: the carry stops in its lowest free cell, or in the seventh bit if it is full.
@@ -862,8 +862,8 @@ class ConnectFour:
         """Drop the mover's stone at what the last view called column `action` (N,); then the other player is to move.
         Returns the mover's score (1: four in a row) and whether the game is over, (N,) each."""
         mine, theirs = self.boards.unbind(1)
-        column = self.columns[self.column(action)]
-        moved = mine | ((mine | theirs) + (1 << column) & (63 << column))
+        lowest = self.columns[self.column(action)]  # (N,), the bit of the column's lowest cell
+        moved = mine | ((mine | theirs) + (1 << lowest) & (63 << lowest))  # the carry stops in the lowest free cell
         four = torch.zeros_like(moved)
         for shift in (1, 6, 7, 8):  # column, diagonals, row
             pairs = moved & (moved >> shift)
@@ -877,7 +877,7 @@ WORLDS, GAMES = {"simple_spread": SimpleSpread}, {"connect_four": ConnectFour}
 
 
 def make_world(args, num_envs, device):
-    """What the agents live in; of a PettingZoo environment one copy, to be looked at. Raises UserError."""
+    """The world that --env-id names; of a PettingZoo environment one copy, to learn its shapes. Raises UserError."""
     if args.algorithm == "selfplay":
         return SelfPlay(GAMES[args.env_id](num_envs, device), args)
     return WORLDS[args.env_id](num_envs, device) if args.env_id in WORLDS else PettingZoo(args)
@@ -958,7 +958,7 @@ class PettingZoo:
     are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
 
     def __init__(self, args, copies=1):
-        refused = (TypeError, AssertionError, ValueError) if args.env_kwargs != "{}" else ()  # as arguments are refused
+        refused = (TypeError, AssertionError, ValueError) if args.env_kwargs != "{}" else ()  # for bad arguments
         with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}", (*MISTAKES, *refused)):
             try:
                 make = pkgutil.resolve_name(f"{args.env_id}.parallel_env")
@@ -1435,7 +1435,7 @@ def evaluate(args) -> dict:
     """Run the checkpoint's policies without noise, on the CPU: episodes or, in self-play, games against random play.
     Returns mean, std and raw returns, summed over agents, and the means by agent. Raises UserError."""
     torch.set_num_threads(1)
-    N = SelfPlay.HAND * math.ceil(args.eval_episodes / SelfPlay.HAND)  # as many boards for each opponent
+    N = SelfPlay.OPPONENTS * math.ceil(args.eval_episodes / SelfPlay.OPPONENTS)  # SelfPlay needs a multiple
     world = make_world(args, N, torch.device("cpu"))
     team = Team(world, args)
     checkpoint = load_checkpoint(args.evaluate, args.env_id, team)
@@ -1493,14 +1493,12 @@ def cli(argv) -> Args:
     return args
 
 
-SELFPLAY = {"latest_prob", "opening_plies", "pool_size"}
-TEAMS = {"share_params", "team_reward", "norm_obs"}  # nothing of this is left to choose in self-play
-
-
 def parse_args(argv) -> Args:
     """The command line's Args; flags that are not given: defaults, or with --resume or --evaluate the checkpoint's."""
     process_only = {"resume", "run_dir", "stop_at_step", "num_workers"}  # flags about one process, not about the run
     evaluation = {"evaluate", "eval_episodes", "capture_video"}
+    selfplay = {"latest_prob", "opening_plies", "pool_size"}
+    teams = {"share_params", "team_reward", "norm_obs"}  # nothing of this is left to choose in self-play
     args = cli(argv)
     given = {x.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for x in argv if x.startswith("--")}
     default = {"compile": args.total_timesteps >= 200_000 and can_compile()}
@@ -1514,8 +1512,8 @@ def parse_args(argv) -> Args:
     useless = (  # when, which flags, and what to say of them
         (args.evaluate, given - evaluation - {"env_id", "seed"}, "does nothing with --evaluate"),
         (not args.evaluate, evaluation, "goes with --evaluate"),
-        (args.algorithm == "selfplay", TEAMS, "does nothing with --algorithm selfplay"),
-        (args.algorithm != "selfplay", SELFPLAY, f"does nothing with --algorithm {args.algorithm}"),
+        (args.algorithm == "selfplay", teams, "does nothing with --algorithm selfplay"),
+        (args.algorithm != "selfplay", selfplay, f"does nothing with --algorithm {args.algorithm}"),
         (args.algorithm != "mappo", {"critic_input"}, "goes with --algorithm mappo"),
         (args.env_id in WORLDS | GAMES, {"env_kwargs", "capture_video"}, f"goes with PettingZoo, not {args.env_id}"),
     )
@@ -1538,7 +1536,7 @@ def check_args(args):
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     batch, game, games = args.num_envs * args.num_steps, args.algorithm == "selfplay", ", ".join(GAMES)
-    plies = GAMES[args.env_id].max_plies if args.env_id in GAMES else 0
+    plies, k = GAMES[args.env_id].max_plies if args.env_id in GAMES else 0, SelfPlay.OPPONENTS
     rules = {
         f"{batch} samples do not divide into {args.num_minibatches} minibatches": batch % args.num_minibatches == 0,
         "--norm-adv needs minibatches of at least 2 samples": not args.norm_adv or batch > args.num_minibatches,
@@ -1546,7 +1544,7 @@ def check_args(args):
         f"--algorithm selfplay plays {games}, the others everything else": game == (args.env_id in GAMES),
         f"--num-steps must be at least {(plies + 1) // 2}, or a long game would never end": 2 * args.num_steps >= plies,
         f"--opening-plies must be less than {plies}, or a game would be over": not game or args.opening_plies < plies,
-        f"--num-envs must be a multiple of {SelfPlay.HAND} in a game": not game or args.num_envs % SelfPlay.HAND == 0,
+        f"--num-envs must be a multiple of {k} in a game": not game or args.num_envs % k == 0,
     }
     for message, holds in rules.items():
         if not holds:

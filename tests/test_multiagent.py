@@ -584,8 +584,8 @@ def test_no_illegal_move_and_the_opponents_that_were_dealt():
     world.opponents_move = checked_move
     while Referee.plies < 100_000:
         pool.add(team, None, iteration)
-        drawn = pool.draw(team, world.HAND)
-        world.deal(drawn)
+        drawn = pool.draw(team, world.OPPONENTS)
+        world.set_opponents(drawn)
         hand = [ma.copy.deepcopy(team.actor) for _ in range(4)]
         for net, actor in zip(hand, drawn[4:], strict=True):
             net.load_state_dict(actor)
@@ -691,9 +691,9 @@ def test_measuring_a_pool_leaves_trainings_random_numbers_alone():
 
 
 def test_games_and_opponents_are_new_in_every_iteration(tmp_path, monkeypatch):
-    calls, deal, reset = [], ma.SelfPlay.deal, ma.SelfPlay.reset
+    calls, deal, reset = [], ma.SelfPlay.set_opponents, ma.SelfPlay.reset
     monkeypatch.setattr(ma.Pool, "measure", lambda *_: None)  # which plays games of its own
-    monkeypatch.setattr(ma.SelfPlay, "deal", lambda *x: calls.append("deal") or deal(*x))
+    monkeypatch.setattr(ma.SelfPlay, "set_opponents", lambda *x: calls.append("deal") or deal(*x))
     monkeypatch.setattr(ma.SelfPlay, "reset", lambda *x: calls.append("reset") or reset(*x))
     flags = ["--algorithm", "selfplay", "--num-envs", 8, "--num-steps", 32, "--num-minibatches", 4, "--hidden-size", 16]
     train(tmp_path, *flags, "--total-timesteps", 256 * 3, "--checkpoint-every", 10_000)

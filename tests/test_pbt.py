@@ -551,9 +551,9 @@ def test_a_member_that_always_diverges_does_not_make_decisions_depend_on_the_slo
 def test_a_member_that_has_failed_twice_waits_for_a_leg_to_copy(mode, found):
     population = pbt.Population(pbt.Args(TOY, population=3, mode=mode))
     for _ in range(2):
-        assert 0 in {m.id for m in population.ready([])}
+        assert 0 in {m.id for m in population.startable([])}
         population.apply({"event": "failed", "member": 0})
-    assert [m.id for m in population.ready([])] == [1, 2] and population.due() == []
+    assert [m.id for m in population.startable([])] == [1, 2] and population.due() == []
     population.apply({"event": "leg", "leg": "m01/t001", "member": 1, "step": 50_000, "score": 1.0})
     assert ([m.id for m in population.due()] == [0, 1]) == found
 
