@@ -63,6 +63,16 @@ def ratio(a, b, group="ppo"):
     return statistics.median(one) / statistics.median(other)
 
 
+def test_the_forms_of_trpo():
+    """The largest difference between two forms, and where it is."""
+    forms = plot.STUDIES["trpo-forms"]
+    found = {env: [statistics.fmean(ends("trpo-forms", s.name, env)) for s in forms.settings] for env in forms.envs}
+    hopper, walker = (max(x) - min(x) for x in found.values())
+    *_, fixed, adaptive = found["Walker2d-v4"]
+    assert walker > hopper and adaptive - fixed == walker
+    assert f"on Walker2d, where the adaptive beta is {walker:.0f} ahead of the fixed one." in page("results.md")
+
+
 def test_guarantees():
     cells = [
         spread("truncation", setting, env)
