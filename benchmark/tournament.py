@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import ppo_multiagent as ma  # noqa: E402
 
-CPU = torch.device("cpu")
+CPU, COLUMNS = torch.device("cpu"), 7 * torch.arange(7)  # the lowest bit of each column: see ma.ConnectFour
 
 
 # ---- games -----------------------------------------------------------------------------------------------------------
@@ -35,36 +35,42 @@ def player(team, generator=None):
     """A player for `match`: samples of the team's policy, or without generator its likeliest moves."""
 
     def move(obs, legal):
-        noise = ma.gumbel(len(obs), 1, team.action_dim, generator=generator).to(obs.device) if generator else 0.0
+        noise = ma.gumbel(len(obs), 1, team.action_dim, generator=generator) if generator else 0.0
         return team.act(obs[:, None], legal[:, None], noise)[:, 0]
 
     return move
 
 
 def random_player(generator):
-    return lambda obs, legal: torch.multinomial(legal.float().cpu(), 1, generator=generator)[:, 0]
+    return lambda obs, legal: torch.multinomial(legal.float(), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
-def match(game, first, second):
-    """Play one game on each board; `first` begins on every other one. Players are functions of obs (n, D) and legal
-    (n, A). Returns first's scores (N,): won 1, drawn 1/2, lost 0."""
+def scores(game, moves):
+    """Play one game on each board; the first player begins on every other one. moves(mine, playing) gives all moves
+    (N,) of a ply, where mine tells on which boards it is the first player's turn, and playing which games still go on.
+    Returns the first player's scores (N,): won 1, drawn 1/2, lost 0."""
     N = game.num_envs
-    playing, score = torch.ones(N, dtype=torch.bool, device=game.device), torch.full((N,), 0.5)
+    mine, playing, score = torch.arange(N) % 2 == 0, torch.ones(N, dtype=torch.bool), torch.full((N,), 0.5)
     game.restart(playing)
-    for ply in range(game.max_plies):
-        (obs, legal), move = game.view(), torch.zeros(N, dtype=torch.long, device=game.device)
-        for i, mover in enumerate((first, second) if ply % 2 == 0 else (second, first)):
-            move[i::2] = mover(obs[i::2], legal[i::2]).to(move.device)
-        won, over = game.play(move)
-        won = (won * playing).cpu()
-        won[1 - ply % 2 :: 2] *= -1  # these plies were second's
-        score += won / 2
-        playing &= ~over
+    while playing.any():
+        won, over = game.play(moves(mine, playing))
+        score += won * playing * torch.where(mine, 0.5, -0.5)
+        mine, playing = ~mine, playing & ~over
         game.restart(over)  # it goes on, but no longer counts
-        if not playing.any():
-            break
     return score
+
+
+def match(game, first, second):
+    """Scores of `first` against `second`: functions of the obs (n, D) and legal (n, A) of their boards."""
+
+    def moves(mine, playing):
+        (obs, legal), move = game.view(), torch.zeros(len(mine), dtype=torch.long)
+        for i, mover in enumerate((first, second) if mine[0] else (second, first)):
+            move[i::2] = mover(obs[i::2], legal[i::2])
+        return move
+
+    return scores(game, moves)
 
 
 def mcts(simulations, seed):
@@ -86,26 +92,19 @@ def mcts(simulations, seed):
     return column
 
 
-@torch.no_grad()
 def match_against_search(game, me, search):
-    """As match, against a function of the columns played so far. Returns scores (N,)."""
-    N, score = game.num_envs, torch.full((game.num_envs,), 0.5)
-    playing, histories = torch.ones(N, dtype=torch.bool), [[] for _ in range(N)]
-    game.restart(playing)
-    for ply in range(game.max_plies):
+    """Scores of a player, which gets all boards, against a function of the columns played so far."""
+    histories = [[] for _ in range(game.num_envs)]
+
+    def moves(mine, playing):
         column = game.column(me(*game.view()))
-        mine = (torch.arange(N) + ply) % 2 == 0
         for n in (playing & ~mine).nonzero()[:, 0].tolist():
             column[n] = search(histories[n])
         for n, played in enumerate(column.tolist()):
             histories[n].append(played)
-        won, over = game.play(game.column(column))  # the way back is the same
-        score += won * playing * torch.where(mine, 0.5, -0.5)
-        playing &= ~over
-        game.restart(over)
-        if not playing.any():
-            break
-    return score
+        return game.column(column)  # the way back is the same
+
+    return scores(game, moves)
 
 
 def elo(score, games):
@@ -125,14 +124,14 @@ def rate_pool(run, team, game, generator):
     import matplotlib.figure
 
     checkpoint = ma.load_checkpoint(run)
-    snapshots, players = checkpoint["adapted"]["snapshots"], [team]
-    for snapshot in reversed(snapshots):
-        players.insert(0, copy.deepcopy(team))
-        players[0].actor.load_state_dict(snapshot["actor"])
-    score = torch.full((len(players), len(players)), 0.5)
-    for i in range(len(players)):
+    snapshots = checkpoint["adapted"]["snapshots"]
+    teams = [*(copy.deepcopy(team) for _ in snapshots), team]
+    for earlier, snapshot in zip(teams, snapshots):
+        earlier.actor.load_state_dict(snapshot["actor"])
+    score = torch.full((len(teams), len(teams)), 0.5)
+    for i in range(len(teams)):
         for j in range(i):
-            score[i, j] = match(game, *(player(players[k], generator) for k in (i, j))).mean()
+            score[i, j] = match(game, player(teams[i], generator), player(teams[j], generator)).mean()
             score[j, i] = 1 - score[i, j]
     steps = [x["global_step"] for x in snapshots] + [checkpoint["global_step"]]
     ratings = elo(score, game.num_envs).tolist()
@@ -153,28 +152,27 @@ def game_at(boards):
     return game
 
 
-@torch.no_grad()
-def positions(player, games=500):
+def positions(player, games):
     """The different positions (n, 2) that come up in games of a player against itself, as ConnectFour.boards."""
     game, seen = ma.ConnectFour(games, CPU), []
-    playing = torch.ones(games, dtype=torch.bool)
-    while playing.any():
+
+    def moves(mine, playing):
         seen.append(game.boards[playing])
-        _, over = game.play(player(*game.view()))
-        playing &= ~over
-        game.restart(over)
+        return player(*game.view())
+
+    scores(game, moves)
     return torch.cat(seen).unique(dim=0)
 
 
+def legal_columns(boards):
+    """Those whose sixth cell is empty, (n, 7)."""
+    return (boards.sum(1, keepdim=True) >> COLUMNS + 5 & 1) == 0
+
+
 def winning_columns(boards):
-    """Where the side to move wins at once, (n, 7)."""
-    game, wins = game_at(boards), torch.zeros(len(boards), 7, dtype=torch.bool)
-    for column in range(7):
-        game.boards.copy_(boards)
-        (_, legal), action = game.view(), game.column(torch.full((len(boards),), column))
-        free = legal.gather(1, action[:, None])[:, 0]
-        wins[:, column] = (game.play(action)[0] > 0) & free
-    return wins
+    """Where the side to move wins at once, (n, 7). Without a view, ConnectFour mirrors nothing."""
+    wins = [game_at(boards).play(torch.full((len(boards),), column))[0] > 0 for column in range(7)]
+    return torch.stack(wins, 1) & legal_columns(boards)
 
 
 def likeliest_columns(team, boards):
@@ -186,13 +184,13 @@ def likeliest_columns(team, boards):
 def one_ply(team, boards):
     """How often the likeliest move takes a win that is there, and else blocks the one threat that is there; how often a
     mirrored position gets the mirrored move; and what uniformly random moves would reach."""
-    win, threat = winning_columns(boards), winning_columns(boards.flip(1))
-    legal = torch.stack([((boards.sum(1) >> 7 * column + 5) & 1) == 0 for column in range(7)], 1)
-    chosen = torch.nn.functional.one_hot(likeliest_columns(team, boards), 7).bool()
+    win, threat, legal = winning_columns(boards), winning_columns(boards.flip(1)), legal_columns(boards)
+    column = likeliest_columns(team, boards)
+    chosen = torch.nn.functional.one_hot(column, 7).bool()
     can_win, must_block = win.any(1), ~win.any(1) & (threat.sum(1) == 1)
-    mirrored = ((boards[..., None] >> 7 * torch.arange(7) & 127).flip(-1) << 7 * torch.arange(7)).sum(-1)
+    mirrored = ((boards[..., None] >> COLUMNS & 127).flip(-1) << COLUMNS).sum(-1)
     lopsided = (mirrored != boards).any(1)
-    same = likeliest_columns(team, mirrored) == 6 - likeliest_columns(team, boards)
+    same = likeliest_columns(team, mirrored) == 6 - column
     share = lambda answer, of: (answer & chosen).any(1)[of].float().mean().item()  # noqa: E731
     chance = lambda answer, of: (answer.sum(1) / legal.sum(1))[of].mean().item()  # noqa: E731
     return {
@@ -208,27 +206,21 @@ def solved(boards):
 
     agent, values = bitbully.BitBully(), torch.full((len(boards), 7), torch.nan)
     for n, (mine, theirs) in enumerate(boards.tolist()):
-        begins = mine.bit_count() == theirs.bit_count()  # the side to move is the one that began
-        cells = [[0] * 6 for _ in range(7)]  # columns from the bottom; 1: the side that began the game
-        for number, stones in ((1, mine if begins else theirs), (2, theirs if begins else mine)):
-            for column in range(7):
-                for row in range(6):
-                    cells[column][row] += number * (stones >> 7 * column + row & 1)
-        board = bitbully.Board(cells)
-        for column, score in agent.score_all_moves(board).items():
+        # The side that began the game has as many stones as the other if it is to move, and is 1 in bitbully's cells.
+        first, second = (mine, theirs) if mine.bit_count() == theirs.bit_count() else (theirs, mine)
+        columns = [range(bottom, bottom + 6) for bottom in COLUMNS.tolist()]
+        cells = [[(first >> cell & 1) + 2 * (second >> cell & 1) for cell in column] for column in columns]
+        for column, score in agent.score_all_moves(bitbully.Board(cells)).items():
             values[n, column] = (score > 0) - (score < 0)
     return values
 
 
 def right_moves(team, boards):
     """The share of critical positions (some legal move changes the game's value) where the likeliest move keeps it."""
-    values = solved(boards)
-    legal = ~values.isnan()
-    best = values.nan_to_num(-2).amax(1, keepdim=True)
-    right = values == best
+    values, legal = solved(boards), legal_columns(boards)
+    right = values == values.nan_to_num(-2).amax(1, keepdim=True)
     critical = (right.sum(1) < legal.sum(1)).nonzero()[:, 0]
-    chosen = likeliest_columns(team, boards)
-    hit = right.gather(1, chosen[:, None])[:, 0]
+    hit = right.gather(1, likeliest_columns(team, boards)[:, None])[:, 0]
     return {
         "right_moves": hit[critical].float().mean().item(), "critical": len(critical), "positions": len(boards),
         "by_chance": (right.sum(1) / legal.sum(1))[critical].mean().item(),
