@@ -13,25 +13,15 @@ The intervals of ppo-table1 and pbt need scipy: pip install -r benchmark/require
 """
 
 import argparse
-import csv
-import gzip
-import importlib
 import json
 import statistics
-import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from reproduce import ROOT, STUDIES, csv_rows, markdown, play, read
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
 RESULTS, IMAGES = ROOT / "benchmark/results", ROOT / "docs/images"
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from reproduce import STUDIES, read  # noqa: E402
-
 RANDOM = {  # mean return of uniformly random actions, 100 episodes on v4
     "HalfCheetah-v4": -282.5, "Hopper-v4": 17.7, "InvertedDoublePendulum-v4": 59.1, "InvertedPendulum-v4": 6.2,
     "Reacher-v4": -43.4, "Swimmer-v4": 0.8, "Walker2d-v4": 2.6,
@@ -70,16 +60,12 @@ def returns(study, results, at=None):
 def normalised(found, envs):
     """{setting: {seed: score}} as in the PPO paper's Table 1: per environment 0 is a random policy and 1 the best
     setting's mean; averaged over environments. Of the seeds that all settings have in all of these environments."""
-    settings = dict.fromkeys(setting for setting, _ in found)
+    settings = list(dict.fromkeys(setting for setting, _ in found))
     seeds = sorted(set.intersection(*(set(found[setting, env]) for setting in settings for env in envs)))
-    means = {key: statistics.fmean(x[seed] for seed in seeds) for key, x in found.items() if seeds and key[1] in envs}
-    best = {env: max(x for (_, e), x in means.items() if e == env) for env in envs if seeds}
-
-    def score(setting, seed):
-        each = [(found[setting, env][seed] - RANDOM[env]) / (best[env] - RANDOM[env]) for env in envs]
-        return statistics.fmean(each)
-
-    return {setting: {seed: score(setting, seed) for seed in seeds} for setting in settings}
+    x = np.array([[[found[setting, env][seed] for seed in seeds] for env in envs] for setting in settings])
+    random, best = np.array([RANDOM[env] for env in envs]), x.mean(2).max(0)  # of each environment
+    scores = ((x - random[:, None]) / (best - random)[:, None]).mean(1)  # (settings, seeds)
+    return {setting: dict(zip(seeds, row)) for setting, row in zip(settings, scores.tolist())}
 
 
 def interval(values):
@@ -89,58 +75,56 @@ def interval(values):
 
     if len(values) < 2:
         return ""
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.fmean(values)
+    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
     digits = 2 if abs(mean) < 100 else 0
-    return f"{mean - half:.{digits}f} to {mean + half:.{digits}f}"
+    return " to ".join(f"{mean + error * x:.{digits}f}" for x in t.interval(0.95, len(values) - 1))
+
+
+def cell(values):
+    """Mean ± standard deviation over seeds (and their number), as text."""
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    digits = 0 if abs(mean) >= 100 else 1
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread} ({len(values)})"
 
 
 def table(study, results):
-    """A markdown table: one row per setting, one column per environment (mean ± std over seeds)."""
-    found, at = returns(study, results), STUDIES[study].at
-    envs = [env for env in STUDIES[study].envs if any(e == env for _, e in found)]
-    settings = [s.name for s in STUDIES[study].settings if any(setting == s.name for setting, _ in found)]
+    """A markdown table: one row per setting, one column per environment (and step)."""
+    what = STUDIES[study]
+    found = {step: returns(study, results, step) for step in (*what.at, None)}
+    settings = [s.name for s in what.settings if any(setting == s.name for setting, _ in found[None])]
+    envs = [env for env in what.envs if any(e == env for _, e in found[None])]
     scores = {}
     if study == "ppo-table1":  # its scores compare the settings, so an environment counts when all of them have run
-        whole = [[len(found.get((s.name, env), ())) for s in STUDIES[study].settings] for env in envs]
-        envs = [env for env, seeds in zip(envs, whole) if min(seeds) >= STUDIES[study].seeds]
-        scores = normalised(found, envs) if envs else {}
-    columns = [(env, step) for env in envs for step in (*at, None)]
-    heads = [f"{env}, {step or STUDIES[study].steps:,} steps" if at else env for env, step in columns]
-    head = ["setting", *heads] + (["normalised (95 % interval)", "paper"] if scores else [])
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+        envs = [
+            env for env in envs if all(len(found[None].get((s.name, env), ())) >= what.seeds for s in what.settings)
+        ]
+        scores = normalised(found[None], envs) if envs else {}
+    heads = [f"{env}, {step or what.steps:,} steps" if what.at else env for env in envs for step in found]
+    rows = []
     for setting in settings:
-        cells = [setting]
-        for env, step in columns:
-            x = list(returns(study, results, step).get((setting, env), {}).values())
-            digits = 0 if x and abs(statistics.fmean(x)) >= 100 else 1
-            spread = f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else ""
-            cells.append(f"{statistics.fmean(x):.{digits}f}{spread} ({len(x)})" if x else "")
+        cells = [cell(found[step].get((setting, env), {}).values()) for env in envs for step in found]
         if scores:
-            x = list(scores.get(setting, {}).values())
-            cells.append(f"{statistics.fmean(x):.2f} ({interval(x)})" if x else "")
-            cells.append(f"{PAPER[setting]:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
+            x = list(scores[setting].values())
+            cells += [f"{statistics.fmean(x):.2f} ({interval(x)})", f"{PAPER[setting]:.2f}"]
+        rows.append([setting, *cells])
     if study == "figure3":
-        for setting, ends in FIGURE3.items():
-            lines.append(f"| the paper's {setting} | {' | '.join(str(ends[env]) for env in envs)} |")
-    return "\n".join(lines)
+        rows += [[f"the paper's {setting}", *(ends[env] for env in envs)] for setting, ends in FIGURE3.items()]
+    return markdown(["setting", *heads, *(["normalised (95 % interval)", "paper"] if scores else [])], rows)
 
 
 def fresh_table(study, results):
     """Beside the last training episodes: fresh ones of the finished policy, mean ± standard deviation over seeds."""
-    rows = list(csv.DictReader((results / f"{study}.fresh.csv").read_text().splitlines()))
-    envs = [env for env in STUDIES[study].envs if any(row["env"] == env for row in rows)]
-    lines = [f"| 50 fresh episodes | {' | '.join(envs)} |", f"| --- |{' ---: |' * len(envs)}"]
-    for setting in dict.fromkeys(row["setting"] for row in rows):
+    found = {}  # {row: {env: values}}
+    for row in csv_rows(results / f"{study}.fresh.csv"):
         for measure, name in (("mean_action", "the mean action"), ("sampled", "sampled actions")):
-            cells = [f"{setting}, {name}"]
-            for env in envs:
-                x = [float(row[measure]) for row in rows if (row["setting"], row["env"]) == (setting, env)]
-                spread = f" ± {statistics.stdev(x):.0f}" if len(x) > 1 else ""
-                cells.append(f"{statistics.fmean(x):.0f}{spread} ({len(x)})" if x else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            values = found.setdefault(f"{row['setting']}, {name}", {}).setdefault(row["env"], [])
+            values.append(float(row[measure]))
+    envs = [env for env in STUDIES[study].envs if any(env in x for x in found.values())]
+    rows = [[name, *(cell(x.get(env, ())) for env in envs)] for name, x in found.items()]
+    return markdown(["50 fresh episodes", *envs], rows)
 
 
 LABELS = {
@@ -150,31 +134,34 @@ LABELS = {
 }
 
 
-def mean_and_range(axis, series, colour, label):
-    """Mean over several runs, and the range of them. series: for each run its (step, value) pairs, as text."""
-    series = [np.array(x, float).T for x in series]
-    steps = min((x[0] for x in series), key=lambda steps: steps[-1])
-    y = [np.interp(steps, *x) for x in series]
-    axis.plot(steps, np.mean(y, 0), color=colour, label=label)
-    axis.fill_between(steps, np.min(y, 0), np.max(y, 0), color=colour, alpha=0.15, lw=0)
+def mean_and_band(axis, runs, colour, label, quantity="episodic_return", step="step", standard_error=False, alpha=0.15):
+    """Mean over several runs, which are lists of rows, and their range or the mean's standard error. Grey is dashed."""
+    runs = [np.array([(row[step], row[quantity]) for row in rows], float).T for rows in runs]
+    steps = min((x[0] for x in runs), key=lambda steps: steps[-1])
+    y = np.array([np.interp(steps, *x) for x in runs])
+    mean, low, high = y.mean(0), y.min(0), y.max(0)
+    if standard_error:
+        error = y.std(0, ddof=1) / len(y) ** 0.5
+        low, high = mean - error, mean + error
+    axis.plot(steps, mean, color=colour, label=label, ls="--" if colour == "0.5" else "-")
+    axis.fill_between(steps, low, high, color=colour, alpha=alpha, lw=0)
 
 
 def runs(*folders):
     """Run folders of your own: the return of each script, mean and range over its runs, one panel for each environment.
     Writes runs.png into the present folder."""
-    found = {}  # {env: {script: [rows]}}
+    found = {}  # {env: {script: lists of rows}}
     for folder in map(Path, folders):
         env, script = json.loads((folder / "args.json").read_text())["env_id"], next(folder.glob("*.py")).stem
-        rows = csv.DictReader((folder / "progress.csv").read_text().splitlines())
-        pairs = [(row["global_step"], row["episodic_return"]) for row in rows if row["episodic_return"] != "nan"]
-        found.setdefault(env, {}).setdefault(script, []).extend([pairs] if pairs else [])
+        rows = [row for row in csv_rows(folder / "progress.csv") if row["episodic_return"] != "nan"]
+        found.setdefault(env, {}).setdefault(script, []).extend([rows] if rows else [])
     scripts = sorted({script for by_script in found.values() for script in by_script})
     size = (5 * len(found), 4)
     figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
     for axis, (env, by_script) in zip(axes[0], found.items(), strict=True):
-        for script, series in by_script.items():
-            label = f"{script} ({len(series)} run{'s' * (len(series) > 1)})"
-            mean_and_range(axis, series, f"C{scripts.index(script)}", label)
+        for script, lists in by_script.items():
+            label = f"{script} ({len(lists)} run{'s' * (len(lists) > 1)})"
+            mean_and_band(axis, lists, f"C{scripts.index(script)}", label, step="global_step")
         axis.set(title=env, xlabel="environment steps", ylabel=LABELS["episodic_return"])
         axis.legend()
     figure.savefig("runs.png", dpi=110)
@@ -189,16 +176,13 @@ def curves(study, results):
     panels = [(quantity, env) for quantity in quantities for env in envs]
     columns = min(4, len(envs))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns + 2, 3.2 * rows), squeeze=False, layout="constrained"
-    )
+    size = (4.2 * columns + 2, 3.2 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (quantity, env) in zip(axes.flat, panels, strict=False):
         for i, setting in enumerate(settings):
-            series = [data for (s, e, _), data in sorted(runs.items()) if (s, e) == (setting, env)]
-            if not series:
-                continue
             colour = f"C{i}" if i < 10 else "k"
-            mean_and_range(axis, [[(r["step"], r[quantity]) for r in x] for x in series], colour, setting)
+            if seeds := [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]:
+                mean_and_band(axis, seeds, colour, setting, quantity)
             if study == "figure3":
                 axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1)
         if quantity == "kl":
@@ -220,17 +204,16 @@ def curves(study, results):
 
 
 def klpen_runs():
-    """{run: [(step, kl, beta), ...]}"""
+    """{run: steps, KL and beta, an array each}"""
     runs = {}
-    with gzip.open(RESULTS / "klpen-beta.csv.gz", "rt") as file:
-        for row in csv.DictReader(file):
-            runs.setdefault(row["run"], []).append([float(row[key]) for key in ("step", "kl", "beta")])
-    return runs
+    for row in csv_rows(RESULTS / "klpen-beta.csv.gz"):
+        runs.setdefault(row["run"], []).append([float(row[key]) for key in ("step", "kl", "beta")])
+    return {name: np.array(rows).T for name, rows in runs.items()}
 
 
 def klpen_medians():
     """{run: median KL over its second half}"""
-    return {name: np.median([kl for _, kl, _ in rows[len(rows) // 2 :]]) for name, rows in klpen_runs().items()}
+    return {name: np.median(kl[len(kl) // 2 :]) for name, (_, kl, _) in klpen_runs().items()}
 
 
 def klpen_beta():
@@ -238,7 +221,7 @@ def klpen_beta():
     runs = klpen_runs()
     figure, axes = plt.subplots(2, 2, figsize=(10, 4.5), sharex=True, sharey="row")
     for name, (top, bottom) in zip(("constant, seed 11", "linear, seed 1"), axes.T, strict=True):
-        step, kl, beta = np.array(runs[name]).T
+        step, kl, beta = runs[name]
         top.axhspan(0.01 / 1.5, 0.01 * 1.5, color="0.85", label="the band: target / 1.5 to 1.5 target")
         top.plot(step, kl, ".", markersize=2, label="KL(old||new) of an iteration")
         top.set(yscale="log", ylim=(1e-4, 1e-1), title=f"learning rate: {name}")
@@ -259,53 +242,33 @@ def learning_curves():
     runs = read("v4", RESULTS) | read("v4-baselines", RESULTS)
     lines = {"ppo_clip.py": "C0", "ppo_klpen.py": "C1", "trpo_continuous.py": "C2", "Stable-Baselines3 PPO": "0.5"}
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
-    steps = np.linspace(0, 1e6, 101)
     for axis, env in zip(axes, STUDIES["v4"].envs, strict=True):
         for setting, colour in lines.items():
-            series = [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]
-            y = np.array(
-                [np.interp(steps, *np.array([(r["step"], r["episodic_return"]) for r in x], float).T) for x in series]
-            )
-            mean, error = y.mean(0), y.std(0, ddof=1) / np.sqrt(len(y))
-            style = {"color": colour, "ls": "--" if colour == "0.5" else "-"}
-            axis.plot(steps, mean, **style, label=f"{setting} ({len(y)} seeds)" if env == "Hopper-v4" else None)
-            axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
+            seeds = [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]
+            mean_and_band(axis, seeds, colour, setting, standard_error=True, alpha=0.2)
         for setting, colour in (("PPO (clip)", "C0"), ("TRPO", "C2")):
-            label = f"end of the paper's {setting.split()[0]}" if env == "Hopper-v4" else None
+            label = f"end of the paper's {setting.split()[0]}"
             axis.plot(1.03e6, FIGURE3[setting][env], "<", color=colour, clip_on=False, label=label)
         axis.set(title=env, xlim=(0, 1.05e6), xticks=(0, 5e5, 1e6), xticklabels=("0", "500k", "1M"), ylim=(-300, None))
     axes[0].set_ylabel("return of the last 100 episodes")
     axes[1].set_xlabel("environment steps")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, [label.replace(" (10 seeds)", "") for label in labels], loc="outside lower center", ncols=3, fontsize=8
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(IMAGES / "learning.png", dpi=110)
 
 
 def film(*folders):
     """A looping picture of trained policies, side by side: run folders, one policy each. Needs MUJOCO_GL=egl or osmesa
     where there is no display."""
-    import torch
     from PIL import Image
 
     strips = []
     for folder in map(Path, folders):
-        script = importlib.import_module(next(folder.glob("*.py")).stem)
-        checkpoint = script.load_checkpoint(folder)
-        env = script.make_env(checkpoint["args"]["env_id"], render_mode="rgb_array", width=200, height=200)
-        agent = script.Agent(env.observation_space.shape[0], env.action_space)
-        agent.load_state_dict(checkpoint["agent"])
-        (obs, _), frames, every = env.reset(seed=1), [], max(1, round(1 / 30 / env.unwrapped.dt))
-        for t in range(100 * every):
-            with torch.no_grad():
-                action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], 0.0).numpy()
-            obs, _, terminated, truncated, _ = env.step(script.env_action(action, env.action_space)[0])
-            if t % every == 0:
+        frames = []
+        for t, (env, *_) in enumerate(play(folder, 1, render_mode="rgb_array", width=200, height=200)):
+            if t % max(1, round(1 / 30 / env.unwrapped.dt)) == 0:
                 frames.append(env.render())
-            if terminated or truncated:
-                obs, _ = env.reset()
-        env.close()
+            if len(frames) == 100:
+                break
         strips.append(frames)
     pictures = [Image.fromarray(np.concatenate(frames, 1)).quantize(48) for frames in zip(*strips, strict=True)]
     pictures[0].save(IMAGES / "trained.gif", save_all=True, append_images=pictures[1:], duration=33, loop=0)
@@ -318,7 +281,9 @@ def notes():
     import torch
     from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-    ppo_clip, trpo = importlib.import_module("ppo_clip"), importlib.import_module("trpo_continuous")
+    import ppo_clip
+    import trpo_continuous as trpo
+
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8))
     ratio = torch.linspace(0, 2, 401)
     for advantage, colour in ((1.0, "C0"), (-1.0, "C3")):
@@ -335,7 +300,7 @@ def notes():
     env = trpo.make_env(args.env_id)
     agent = trpo.Agent(env.observation_space.shape[0], env.action_space)
     scales = np.concatenate([np.linspace(-1, 4, 11), np.linspace(6, 40, 12)])
-    J, L, kl = [], [], []
+    measured = []
     with trpo.Actors(args, agent) as actors:
 
         def collect(seed):
@@ -365,20 +330,19 @@ def notes():
                 theta = old + float(scale) * taken
                 vector_to_parameters(theta, policy)
                 surrogate, kl_by_state = trpo.surrogate_and_kl(agent, theta, data)
-                J.append(true_objective())
-                L.append(surrogate.item())
-                kl.append(kl_by_state.mean().item())
+                measured.append((true_objective(), surrogate.item(), kl_by_state.mean().item()))
+    J, L, kl = np.array(measured).T
     zero = int(np.abs(scales).argmin())
     slope = (J[zero + 1] - J[zero - 1]) / (scales[zero + 1] - scales[zero - 1])
     middle.plot(scales, J, label="true objective J")
     middle.plot(scales, J[zero] + slope * scales, "--", label="local linear approximation")
     middle.axvline(1, color="k", lw=1, label="TRPO's step")
     middle.set(title="J along one TRPO update", xlabel="multiple of the step taken", ylim=(min(J) - 1, max(J) * 1.5))
-    right.plot(scales, np.array(L) - L[zero], label="surrogate L - L_old")
+    right.plot(scales, L - L[zero], label="surrogate L - L_old")
     expected = report["improvement"] / report["improvement_ratio"]
     right.plot(scales, expected * scales, "--", lw=1, label="its linear model g's")
     right.plot(scales, kl, label="mean KL(old||new)")
-    inside = scales[np.array(kl) <= args.max_kl]
+    inside = scales[kl <= args.max_kl]
     right.axvspan(inside.min(), inside.max(), color="0.9", label=f"trust region, KL <= {args.max_kl}")
     right.axvline(1, color="k", lw=1, label="step taken")
     right.set(title="what TRPO sees", xlabel="multiple of the step taken", xlim=(-1, 6), ylim=(-0.2, 0.8))
@@ -390,7 +354,7 @@ def notes():
 
 def populations(results):
     """A markdown table of what PBT and random search have found, for each environment and length that is stored: see
-    reproduce.populations. Intervals are over populations."""
+    reproduce.comparison. Intervals are over populations."""
     arms = {
         "pbt": "PBT, best member, 50 fresh episodes",
         "random": "random search, best member, 50 fresh episodes",
@@ -400,17 +364,16 @@ def populations(results):
         "constant": "the setting of random search's winner, the same new seeds, training return",
         "defaults": "defaults, the same new seeds, training return",
     }
-    lines = []
+    tables = []
     for path in sorted(results.glob("pbt_*_*.json")):
         _, env, steps = path.stem.split("_")
-        rows = json.loads(path.read_text())
-        lines += [f"| {env}, {int(steps):,} steps a member | mean | 95 % interval | by population |"]
-        lines += ["| --- | ---: | --- | --- |"]
+        stored, rows = json.loads(path.read_text()), []
         for arm, name in arms.items():
-            x = [float(np.nanmean(row[arm])) for row in rows if arm in row]
-            if x:
-                lines += [f"| {name} | {np.mean(x):.0f} | {interval(x)} | {', '.join(f'{v:.0f}' for v in x)} |"]
-    return "\n".join(lines)
+            if x := [float(np.nanmean(row[arm])) for row in stored if arm in row]:
+                rows.append([name, f"{np.mean(x):.0f}", interval(x), ", ".join(f"{v:.0f}" for v in x)])
+        head = [f"{env}, {int(steps):,} steps a member", "mean", "95 % interval", "by population"]
+        tables.append(markdown(head, rows, words=(2, 3)))
+    return "\n".join(tables)
 
 
 SELFPLAY = {  # rows of the table: how seed 101 was trained, and its name in selfplay_study.json
@@ -433,21 +396,21 @@ def selfplay(results):
     """A markdown table of what benchmark/tournament.py found: first one seed with other flags, then the defaults."""
     rows = {(row["variant"], row["seed"]): row for row in json.loads((results / "selfplay_study.json").read_text())}
 
-    def line(name, row, won, blocked, right, games=("mcts-50", "mcts-1000")):
-        kinds = row["one_ply"]["own"], row["one_ply"]["random"]
-        moves = [" / ".join(f"{kind[key]:.2f}" for kind in kinds) for key in (won, blocked)]
-        cells = [f"{row[key]:.2f}" if key in row else "" for key in (*games, right)]
-        return f"| {' | '.join([name, *cells[:2], *moves, cells[2]])} |"
+    def line(name, variant, seed, *keys):
+        """A cell has what is stored once, or of the player's own positions and of random ones."""
+        row = rows[variant, seed]
+        places = row, row["one_ply"]["own"], row["one_ply"]["random"]
+        return [name, *(" / ".join(f"{x[key]:.2f}" for x in places if key in x) for key in keys)]
 
-    head = "MCTS-50 | MCTS-1000 (50 games) | wins taken, own / random | threats blocked, own / random | right moves"
-    lines = [f"| | {head} |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    by_chance = "wins_by_chance", "blocks_by_chance", "right_by_chance"
-    lines += [line("uniformly random moves", rows[SELFPLAY["**the defaults**"], 101], *by_chance, games=(None, None))]
-    measured = "wins_taken", "blocks", "right_moves"
-    lines += [line(name, rows[variant, 101], *measured) for name, variant in SELFPLAY.items()]
+    measured = "mcts-50", "mcts-1000", "wins_taken", "blocks", "right_moves"
+    by_chance = None, None, "wins_by_chance", "blocks_by_chance", "right_by_chance"
+    lines = [line("uniformly random moves", "default", 101, *by_chance)]
+    lines += [line(name, variant, 101, *measured) for name, variant in SELFPLAY.items()]
     for name, variant in (("earlier: squares, 10M moves", "squares"), ("**the defaults, 20M moves**", "default")):
-        lines += [line(f"{name}, seed {seed}", rows[variant, seed], *measured) for seed in (1, 2, 3)]
-    return "\n".join(lines)
+        lines += [line(f"{name}, seed {seed}", variant, seed, *measured) for seed in (1, 2, 3)]
+    games, moves = ("MCTS-50", "MCTS-1000 (50 games)"), ("wins taken, own / random", "threats blocked, own / random")
+    text = markdown(["", *games, *moves, "right moves"], lines)
+    return text.replace("|  |", "| |", 1)  # as it is stored
 
 
 def main():

@@ -37,7 +37,7 @@ import gymnasium as gym
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-SB3_PYTHON = ROOT / ".venv-sb3/bin/python"
+SB3, SB3_PYTHON = "benchmark/sb3.py", ROOT / ".venv-sb3/bin/python"
 sys.path.insert(0, str(ROOT))
 COLUMNS = ("script", "setting", "env", "seed", "step", "episodic_return", "kl", "learning_rate")
 SEVEN = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
@@ -45,6 +45,7 @@ SEVEN = tuple(f"{name}-v4" for name in SEVEN)
 MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
 V5 = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5")
 STEPS_PER_SECOND = 6000  # of one core, roughly
+FRESH = 50  # episodes in which a finished policy is evaluated
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Setting:
 @dataclass(frozen=True)
 class Study:
     what: str
-    settings: tuple
+    settings: list
     envs: tuple
     seeds: int = 3
     steps: int = 1_000_000
@@ -70,26 +71,13 @@ class Study:
         return [(s, env, seed) for seed in range(1, self.seeds + 1) for s in self.settings for env in self.envs]
 
 
-def clip(name, *flags):
-    return Setting(name, "ppo_clip.py", flags)
+def of(script):
+    """A function that makes settings of a script from their names and flags."""
+    return lambda name, *flags: Setting(name, script, flags)
 
 
-def klpen(name, *flags):
-    return Setting(name, "ppo_klpen.py", flags)
-
-
-def trpo(name, *flags):
-    return Setting(name, "trpo_continuous.py", flags)
-
-
-def team(name, *flags):
-    return Setting(name, "ppo_multiagent.py", flags)
-
-
-def sb3(name, *flags):
-    """flags: the algorithm, then benchmark/sb3.py's flags."""
-    return Setting(name, "benchmark/sb3.py", flags)
-
+clip, klpen, trpo = of("ppo_clip.py"), of("ppo_klpen.py"), of("trpo_continuous.py")
+team, sb3 = of("ppo_multiagent.py"), of(SB3)  # sb3's flags: the algorithm, then those of benchmark/sb3.py
 
 # Flags that are defaults are left out: so the same run in two studies has the same command, and is run once.
 TABLE1 = [clip("no clipping or penalty", "--clip-coef", "inf")]
@@ -116,7 +104,8 @@ FLAGS += [clip("ppo_clip.py --num-envs 64 --num-steps 32", "--num-envs", 64, "--
 FLAGS += [klpen("ppo_klpen.py --beta-schedule fixed", "--beta-schedule", "fixed")]
 FLAGS += [trpo("trpo_continuous.py --gamma 0.99", "--gamma", 0.99)]
 PENDULUMS = [clip("ppo_clip.py"), trpo("trpo_continuous.py"), *BASELINES[:2]]
-TERMINAL = Setting("time limit taken as the end", "ppo_clip.py", (), "reproduce:{}-terminal-v0")
+LIMITS = [clip("bootstrapped")]
+LIMITS += [Setting("time limit taken as the end", "ppo_clip.py", (), "reproduce:{}-terminal-v0")]
 IPPO, ONE = ("--algorithm", "ippo"), ("--num-minibatches", 1)
 SPREAD = [team("MAPPO"), team("MAPPO, V(s, a^-g)", "--critic-input", "state-actions"), team("IPPO", *IPPO)]
 SPREAD += [team("MAPPO, one minibatch", *ONE), team("IPPO, one minibatch", *IPPO, *ONE)]
@@ -129,26 +118,22 @@ BODY += ("--max-grad-norm", 0.5)
 LISTENERS, REFERENCE = ("mpe2.simple_speaker_listener_v4",), ("mpe2.simple_reference_v3",)
 
 STUDIES = {
-    "v4": Study("the three scripts with default flags", tuple(V4), MUJOCO, 10),
-    "v4-baselines": Study("Stable-Baselines3 and sb3-contrib, the same work", tuple(BASELINES), MUJOCO, 10),
-    "v5": Study("the same on the environments of version 5", tuple(V4), V5, 10),
-    "v4-flags": Study("the same with other flags", tuple(FLAGS), MUJOCO, 5),
-    "cartpole": Study("Discrete actions", (clip("ppo_clip.py"),), ("CartPole-v1",), 5, 200_000),
-    "ppo-table1": Study("PPO paper, Table 1: eleven objectives", tuple(TABLE1), SEVEN),
-    "figure3": Study("PPO paper, Figure 3: PPO-clip and TRPO", (clip("PPO (clip)"), trpo("TRPO")), SEVEN),
-    "trpo-forms": Study("the forms of TRPO", tuple(FORMS), ("Hopper-v4", "Walker2d-v4")),
-    "kl-adaptive-lr": Study("learning-rate schedules", tuple(LR), MUJOCO),
-    "pendulums": Study(
-        "solved, and unlearned again", tuple(PENDULUMS), ("InvertedDoublePendulum-v4", "InvertedPendulum-v4")
-    ),
-    "truncation": Study(
-        "bootstrap at time limits, or not", (clip("bootstrapped"), TERMINAL), ("Pendulum-v1", "Reacher-v4"), 5, 300_000
-    ),
-    "spread": Study("three agents, three landmarks", tuple(SPREAD), ("simple_spread",), 3, 550_000, (100_000,)),
-    "spread-10M": Study("the same, longer", tuple(LONG), ("simple_spread",), 3, 10_000_000, (100_000, 550_000)),
-    "listener": Study("one speaks, one moves", (LISTENER,), LISTENERS, 3, 2_000_000, (220_000,)),
-    "reference": Study("both speak and move", (team("MAPPO"),), REFERENCE, 3, 2_000_000, (190_000,)),
-    "two-bodies": Study("MaMuJoCo, HalfCheetah 2x3", (team("MAPPO", *BODY),), ("gymnasium_robotics.mamujoco_v1",)),
+    "v4": Study("the three scripts with default flags", V4, MUJOCO, 10),
+    "v4-baselines": Study("Stable-Baselines3 and sb3-contrib, the same work", BASELINES, MUJOCO, 10),
+    "v5": Study("the same on the environments of version 5", V4, V5, 10),
+    "v4-flags": Study("the same with other flags", FLAGS, MUJOCO, 5),
+    "cartpole": Study("Discrete actions", [clip("ppo_clip.py")], ("CartPole-v1",), 5, 200_000),
+    "ppo-table1": Study("PPO paper, Table 1: eleven objectives", TABLE1, SEVEN),
+    "figure3": Study("PPO paper, Figure 3: PPO-clip and TRPO", [clip("PPO (clip)"), trpo("TRPO")], SEVEN),
+    "trpo-forms": Study("the forms of TRPO", FORMS, ("Hopper-v4", "Walker2d-v4")),
+    "kl-adaptive-lr": Study("learning-rate schedules", LR, MUJOCO),
+    "pendulums": Study("solved, and unlearned again", PENDULUMS, tuple(x for x in SEVEN if "Pendulum" in x)),
+    "truncation": Study("bootstrap at time limits, or not", LIMITS, ("Pendulum-v1", "Reacher-v4"), 5, 300_000),
+    "spread": Study("three agents, three landmarks", SPREAD, ("simple_spread",), 3, 550_000, (100_000,)),
+    "spread-10M": Study("the same, longer", LONG, ("simple_spread",), 3, 10_000_000, (100_000, 550_000)),
+    "listener": Study("one speaks, one moves", [LISTENER], LISTENERS, 3, 2_000_000, (220_000,)),
+    "reference": Study("both speak and move", [team("MAPPO")], REFERENCE, 3, 2_000_000, (190_000,)),
+    "two-bodies": Study("MaMuJoCo, HalfCheetah 2x3", [team("MAPPO", *BODY)], ("gymnasium_robotics.mamujoco_v1",)),
 }
 
 
@@ -171,37 +156,32 @@ for env_id in STUDIES["truncation"].envs:
 # ---- stored data -----------------------------------------------------------------------------------------------------
 
 
+def csv_rows(path):
+    """The rows of a CSV file, packed or not, as dicts; none if there is no file yet."""
+    data = path.read_bytes() if path.exists() else b""  # read at once, because it may be growing
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
+    return [row for row in csv.DictReader(lines) if None not in row.values()]  # the last one may not be whole yet
+
+
+def replace(path, data):
+    """Write a file as a whole, or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def markdown(head, rows, words=()):
+    """A table as text. Columns are aligned to the right, but for the first one and those whose number is in `words`."""
+    rule = ["---" if i in (0, *words) else "---:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rows))
+
+
 def read(study, results):
     """{(setting, env, seed): rows} of what is stored; rows are dicts with COLUMNS."""
-    path, runs = results / f"{study}.csv.gz", {}
-    if path.exists():
-        with gzip.open(path, "rt") as file:
-            for row in csv.DictReader(file):
-                runs.setdefault((row["setting"], row["env"], int(row["seed"])), []).append(row)
+    runs = {}
+    for row in csv_rows(results / f"{study}.csv.gz"):
+        runs.setdefault((row["setting"], row["env"], int(row["seed"])), []).append(row)
     return runs
-
-
-def write(study, results, runs):
-    """Replace the file as a whole, with the same bytes for the same runs."""
-    results.mkdir(parents=True, exist_ok=True)
-    temporary = results / f"{study}.tmp"
-    with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-        file = io.TextIOWrapper(packed, newline="")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for key in sorted(runs):
-            writer.writerows(runs[key])
-        file.flush()
-    os.replace(temporary, results / f"{study}.csv.gz")
-
-
-def thinned(setting, env, seed, progress):
-    """About 100 rows of a run, the last one among them."""
-    every = max(1, len(progress) // 100)
-    first = {"script": setting.script, "setting": setting.name, "env": env, "seed": seed}
-    points = [row for i, row in enumerate(progress) if (len(progress) - 1 - i) % every == 0]
-    measured = ("episodic_return", "kl", "learning_rate")
-    return [first | {"step": row["global_step"]} | {key: row.get(key, "") for key in measured} for row in points]
 
 
 def stored_elsewhere(study, results, setting, env, seed, steps):
@@ -227,22 +207,33 @@ def origins(study, results):
 
 
 def store(study, results, setting, env, seed, progress, origin=None):
-    """Add a finished run, and say with which versions it was made, if they are not those of an earlier one."""
-    write(study, results, read(study, results) | {(setting.name, env, seed): thinned(setting, env, seed, progress)})
+    """Add a finished run, about 100 of its rows, the last one among them. Say with which versions it was made, if they
+    are not those of an earlier one. The same runs give the same bytes."""
+    run = {"script": setting.script, "setting": setting.name, "env": env, "seed": seed}
+    measured = ("episodic_return", "kl", "learning_rate")
+    points = progress[:: -max(1, len(progress) // 100)][::-1]
+    rows = [run | {"step": row["global_step"]} | {key: row.get(key, "") for key in measured} for row in points]
+    runs = read(study, results) | {(setting.name, env, seed): rows}
+    table, packed = io.StringIO(), io.BytesIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for key in sorted(runs) for row in runs[key])
+    with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as file:
+        file.write(table.getvalue().encode())
+    results.mkdir(parents=True, exist_ok=True)
+    replace(results / f"{study}.csv.gz", packed.getvalue())
     if origin is None:
-        origin = {"date": str(datetime.date.today()), "cpu": cpu_name()} | versions(setting)
+        python = SB3_PYTHON if setting.script == SB3 else sys.executable
+        origin = {"date": str(datetime.date.today()), "cpu": cpu_name()} | versions(python)
     known = [x for x in origins(study, results) if x and x != origin] + [origin]
-    temporary = results / f"{study}.json.tmp"
-    temporary.write_text(json.dumps(known, indent=1) + "\n")
-    os.replace(temporary, results / f"{study}.json")
+    replace(results / f"{study}.json", (json.dumps(known, indent=1) + "\n").encode())
 
 
-def versions(setting):
-    """Those of Python and of the packages in the virtual environment that runs the setting's script."""
+def versions(python):
+    """Those of an interpreter and of the packages that it finds."""
     program = "import json, platform; from importlib.metadata import distributions; x = distributions();"
     program += "x = {d.name.replace('_', '-'): d.version for d in x} | {'python': platform.python_version()};"
     program += "print(json.dumps(x))"
-    python = SB3_PYTHON if setting.script == "benchmark/sb3.py" else sys.executable
     found = json.loads(subprocess.run([python, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout)
     names = "python", "torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sb3-contrib"
     return {name: found[name] for name in names if name in found}
@@ -257,53 +248,61 @@ def cpu_name():
 # ---- fresh episodes --------------------------------------------------------------------------------------------------
 
 
-def fresh_episodes(script, folder, episodes):
-    """Mean raw return of new episodes of a run's policy, with the mean action and with sampled ones: the last training
-    episodes, the measure of the paper's Table 1, are of policies that were still changing."""
+def play(folder, seed, noisy=False, **kwargs):
+    """Steps of a run's policy without end, with the mean action or with sampled ones: (env, reward, done) each."""
     import torch
 
-    module, result = importlib.import_module(Path(script).stem), {}
-    checkpoint = module.load_checkpoint(folder)
+    script = importlib.import_module(next(folder.glob("*.py")).stem)
+    checkpoint = script.load_checkpoint(folder)
+    env = script.make_env(checkpoint["args"]["env_id"], **kwargs)
+    agent = script.Agent(env.observation_space.shape[0], env.action_space)
+    agent.load_state_dict(checkpoint["agent"])
+    torch.manual_seed(seed)
+    obs, _ = env.reset(seed=seed)
+    while True:
+        with torch.no_grad():
+            noise = agent.noise(1, 1)[0] if noisy else 0.0
+            action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
+        obs, reward, terminated, truncated, _ = env.step(script.env_action(action, env.action_space)[0])
+        yield env, float(reward), terminated or truncated
+        if terminated or truncated:
+            obs, _ = env.reset()
+
+
+def fresh_episodes(folder):
+    """Mean raw return of new episodes of a run's policy, with the mean action and with sampled ones: the last training
+    episodes, the measure of the paper's Table 1, are of policies that were still changing."""
+    result = {}
     for name, noisy in (("mean_action", False), ("sampled", True)):
-        env = module.make_env(checkpoint["args"]["env_id"])
-        agent, returns, seed = module.Agent(env.observation_space.shape[0], env.action_space), [], 12345
-        agent.load_state_dict(checkpoint["agent"])
-        torch.manual_seed(seed)
-        while len(returns) < episodes:
-            (obs, _), done, total, seed = env.reset(seed=seed), False, 0.0, None
+        steps, returns = play(folder, 12345, noisy), []
+        while len(returns) < FRESH:
+            done, total = False, 0.0
             while not done:
-                with torch.no_grad():
-                    noise = agent.noise(1, 1)[0] if noisy else 0.0
-                    action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
-                obs, reward, terminated, truncated, _ = env.step(module.env_action(action, env.action_space)[0])
-                done, total = terminated or truncated, total + float(reward)
+                _, reward, done = next(steps)
+                total += reward
             returns.append(total)
-        result[name] = sum(returns) / episodes
+        result[name] = sum(returns) / FRESH
     return result
 
 
-def evaluate(name, study, results, folder, episodes=50):
+def evaluate(name, study, results, folder):
     """Evaluate the finished runs whose folders are here, and add them to STUDY.fresh.csv."""
     path = results / f"{name}.fresh.csv"
-    known = {}
-    if path.exists():
-        with open(path) as file:
-            known = {(row["setting"], row["env"], int(row["seed"])): row for row in csv.DictReader(file)}
+    known = {(row["setting"], row["env"], int(row["seed"])): row for row in csv_rows(path)}
     for setting, env, seed in tqdm(study.runs()):
-        run = Run(name, study.steps, folder, setting, env, seed)
-        if (setting.name, env, seed) in known or run.step() < study.steps:
+        run, key = Run(name, study.steps, folder, setting, env, seed), (setting.name, env, seed)
+        if key in known or run.step() < study.steps:
             continue
-        if setting.script == "benchmark/sb3.py":
+        if setting.script == SB3:
             if not (text := (run.folder / "fresh.json").read_text()):
                 continue  # it has trained, and is still evaluating
             result = json.loads(text)
         else:
-            result = fresh_episodes(setting.script, run.folder, episodes)
-        known[setting.name, env, seed] = {"setting": setting.name, "env": env, "seed": seed, "episodes": episodes} | {
-            key: f"{x:.1f}" for key, x in result.items()
-        }
+            result = fresh_episodes(run.folder)
+        columns = {"setting": setting.name, "env": env, "seed": seed, "episodes": FRESH}
+        known[key] = columns | {measure: f"{x:.1f}" for measure, x in result.items()}
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, ("setting", "env", "seed", "episodes", "mean_action", "sampled"))
+            writer = csv.DictWriter(file, known[key])
             writer.writeheader()
             writer.writerows(known[key] for key in sorted(known))
     return 0
@@ -322,33 +321,28 @@ class Run:
         self.folder, self.process = folder / study / name, None
 
     def command(self):
-        if self.setting.script == "benchmark/sb3.py":
-            self.folder.mkdir(parents=True, exist_ok=True)
-            algorithm, *flags = self.setting.flags
-            same = ["--env-id", self.env, "--seed", self.seed, "--total-timesteps", self.steps]
+        flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
+        if self.setting.script == SB3:
             if not SB3_PYTHON.exists():
                 sys.exit(f"{self.setting.name} needs {SB3_PYTHON}, which benchmark/speed.py ppo makes")
-            program = [SB3_PYTHON, "-W", "ignore", ROOT / self.setting.script, algorithm]
-            return [*program, *same, *flags, "--csv", self.folder / "progress.csv", "--fresh", 50]
-        script = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
+            program = [SB3_PYTHON, "-W", "ignore", ROOT / SB3, *self.setting.flags]
+            return [*program, *flags, "--csv", self.folder / "progress.csv", "--fresh", FRESH]
+        program = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
         if (self.folder / "checkpoint.pt").exists():
-            return [*script, "--resume", self.folder]
-        flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
-        return [*script, *flags, "--run-dir", self.folder, *self.setting.flags]
+            return [*program, "--resume", self.folder]
+        return [*program, *flags, "--run-dir", self.folder, *self.setting.flags]
 
     def start(self):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmark")}
+        env, out = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmark")}, subprocess.DEVNULL
         command = list(map(str, self.command()))
-        sb3 = self.setting.script == "benchmark/sb3.py"
-        out = open(self.folder / "fresh.json", "w") if sb3 else subprocess.DEVNULL
+        if self.setting.script == SB3:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            out = open(self.folder / "fresh.json", "w")
         self.errors = tempfile.TemporaryFile("w+")  # not a pipe: a long run would fill it, and wait for a reader
         self.process = subprocess.Popen(command, env=env, stdout=out, stderr=self.errors)
 
     def progress(self):
-        """The rows of progress.csv so far."""
-        path = self.folder / "progress.csv"  # read at once, because it grows
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [row for row in csv.DictReader(lines) if None not in row.values()]
+        return csv_rows(self.folder / "progress.csv")
 
     def step(self):
         rows = self.progress()
@@ -360,17 +354,17 @@ def reproduce(name, study, workers, results, folder, stop=()):
     something in `stop`, it stops its runs, each with a checkpoint, and returns. A shorter trial run does not count."""
     # 0.99: of older runs the last row was not stored.
     stored = {key for key, rows in read(name, results).items() if int(rows[-1]["step"]) >= 0.99 * study.steps}
-    missing, todo = [run for run in study.runs() if (run[0].name, *run[1:]) not in stored], []
-    for run in missing:
-        rows, origin = stored_elsewhere(name, results, *run, study.steps)
+    todo, running, finished, failed = [], [], 0, 0  # finished: steps of the runs that are
+    for setting, env, seed in study.runs():
+        if (setting.name, env, seed) in stored:
+            continue
+        rows, origin = stored_elsewhere(name, results, setting, env, seed, study.steps)
         if rows:
-            store(name, results, *run, rows, origin)
+            store(name, results, setting, env, seed, rows, origin)
         else:
-            todo.append(Run(name, study.steps, folder, *run))
-    total, failed, running = len(todo), 0, []
-    bar = tqdm(total=sum(run.steps for run in todo), unit=" steps", unit_scale=True, smoothing=0.05)
-    bar.update(sum(run.step() for run in todo))
-    finished = 0
+            todo.append(Run(name, study.steps, folder, setting, env, seed))
+    total, before = len(todo), sum(run.step() for run in todo)
+    bar = tqdm(total=total * study.steps, initial=before, unit=" steps", unit_scale=True, smoothing=0.05)
     try:
         while (todo or running) and not stop:
             while todo and len(running) < workers:
@@ -410,15 +404,6 @@ def output(*command):
     return subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def populate(folder, slots, env, steps, seed, members, *flags, script_flags=()):
-    """One population of ppo_clip.py, to its end; goes on where it was broken off. Returns its folder."""
-    command = [ROOT / "pbt_launcher.py", ROOT / "ppo_clip.py", "--env-id", env, "--run-dir", folder, *flags]
-    command += ["--seed", seed, "--population", members, "--slots", slots, "--total-timesteps", steps]
-    resume = ["--resume"] if legs(folder) else []
-    output(*command, "--interval", steps // LEGS, *resume, "--", *script_flags)
-    return folder
-
-
 def events(folder):
     """What has happened in a population, in its order."""
     path = folder / "events.jsonl"
@@ -431,46 +416,49 @@ def legs(folder):
     return [event for event in events(folder) if event["event"] == "leg"]
 
 
-def final_returns(folder):
-    """Every member's mean training return over its last leg; nan where no episode ended in it."""
-    last = {leg["member"]: leg["score"] for leg in legs(folder)}
-    return [float("nan") if last[m] is None else last[m] for m in sorted(last)]
-
-
 def populations(env, steps, repetitions, slots, results, folder):
-    """Does Population Based Training help ppo_clip.py? Some five hours of two cores for each environment.
-
-    The unit is the population. PBT and random search (quantile 0: the same code, first draws and seeds) take the same
-    number of environment steps. Of each population, the best member on 50 fresh episodes with the mean action. Then, to
-    tell a good schedule from a lucky member, new seeds for three ways to train alone: with the schedule of PBT's winner
-    (--replay), with the constant setting of random search's winner, and with the script's default flags."""
+    """Does Population Based Training help ppo_clip.py? Some five hours of two cores for each environment."""
     path = results / f"pbt_{env}_{steps}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     for repetition in range(len(rows), repetitions):
-        seed, folders = 1000 * (repetition + 1), {}  # members' seeds count up from it
-        row = {"repetition": repetition, "population": POPULATION, "total_timesteps": steps}
-
-        def train(arm, *rest, repetition=repetition, **script_flags):
-            where = populate(
-                folder / f"{env}-{steps}" / f"{arm}-{repetition}", slots, env, steps, *rest, **script_flags
-            )
-            if arm != "pbt" and any(event.get("copies") for event in events(where)):
-                sys.exit(f"{where}: a member failed and became a copy, so they are not independent: delete this folder")
-            return where
-
-        for arm, flags in (("pbt", ()), ("random", ("--quantile", 0))):
-            folders[arm] = train(arm, seed, POPULATION, *SEARCH, *flags)
-            evaluation = ["--evaluate", folders[arm] / "best.pt", "--eval-episodes", 50, "--seed", seed + 500]
-            row[arm] = json.loads(output(ROOT / "ppo_clip.py", *evaluation))["mean"]
-            row[f"{arm}_members"] = final_returns(folders[arm])
-        best = max((leg for leg in legs(folders["random"]) if leg["score"] is not None), key=lambda leg: leg["score"])
-        constant = [f"--{name.replace('_', '-')}={x}" for name, x in best["hyper"].items()]
-        alone = {"replay": (("--replay", folders["pbt"]), ()), "constant": (("--quantile", 0), constant)}
-        alone["defaults"] = (("--quantile", 0), ())
-        for arm, (flags, script_flags) in alone.items():
-            row[arm] = final_returns(train(arm, seed + 100, REPLAYS, *flags, script_flags=script_flags))
-        rows.append(row)
+        rows.append(comparison(env, steps, repetition, slots, folder / f"{env}-{steps}"))
         path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def comparison(env, steps, repetition, slots, folder):
+    """One population of each kind: the population is the unit.
+
+    PBT and random search (quantile 0: the same code, first draws and seeds) take the same number of environment steps.
+    Of each, the best member on fresh episodes with the mean action. Then, to tell a good schedule from a lucky member,
+    new seeds for three ways to train alone: with the schedule of PBT's winner (--replay), with the constant setting of
+    random search's winner, and with the script's default flags."""
+    seed, folders = 1000 * (repetition + 1), {}  # members' seeds count up from it
+    row = {"repetition": repetition, "population": POPULATION, "total_timesteps": steps}
+
+    def train(arm, seed, members, *flags):
+        """A population of ppo_clip.py, to its end; goes on where it was broken off. Returns every member's mean
+        training return over its last leg; nan where no episode ended in it."""
+        where = folders[arm] = folder / f"{arm}-{repetition}"
+        command = [ROOT / "pbt_launcher.py", ROOT / "ppo_clip.py", "--env-id", env, "--run-dir", where]
+        command += ["--seed", seed, "--population", members, "--slots", slots, "--total-timesteps", steps]
+        output(*command, "--interval", steps // LEGS, *(["--resume"] if legs(where) else []), *flags)
+        if arm != "pbt" and any(event.get("copies") for event in events(where)):
+            sys.exit(f"{where}: a member failed and became a copy, so they are not independent: delete this folder")
+        last = {leg["member"]: leg["score"] for leg in legs(where)}
+        return [float("nan") if last[m] is None else last[m] for m in sorted(last)]
+
+    for arm, flags in (("pbt", ()), ("random", ("--quantile", 0))):
+        members = train(arm, seed, POPULATION, *SEARCH, *flags)
+        evaluation = ["--evaluate", folders[arm] / "best.pt", "--eval-episodes", FRESH, "--seed", seed + 500]
+        row[arm] = json.loads(output(ROOT / "ppo_clip.py", *evaluation))["mean"]
+        row[f"{arm}_members"] = members
+    best = max((leg for leg in legs(folders["random"]) if leg["score"] is not None), key=lambda leg: leg["score"])
+    constant = [f"--{name.replace('_', '-')}={x}" for name, x in best["hyper"].items()]
+    alone = {"replay": ("--replay", folders["pbt"]), "constant": ("--quantile", 0, "--", *constant)}
+    alone["defaults"] = ("--quantile", 0)
+    for arm, flags in alone.items():
+        row[arm] = train(arm, seed + 100, REPLAYS, *flags)
+    return row
 
 
 def main():
