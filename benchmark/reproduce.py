@@ -214,12 +214,13 @@ def store(study, results, setting, env, seed, progress, origin=None):
     points = progress[:: -max(1, len(progress) // 100)][::-1]
     rows = [run | {"step": row["global_step"]} | {key: row.get(key, "") for key in measured} for row in points]
     runs = read(study, results) | {(setting.name, env, seed): rows}
-    table, packed = io.StringIO(), io.BytesIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for key in sorted(runs) for row in runs[key])
+    packed = io.BytesIO()
     with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as file:
-        file.write(table.getvalue().encode())
+        table = io.TextIOWrapper(file, newline="")
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for key in sorted(runs) for row in runs[key])
+        table.flush()
     results.mkdir(parents=True, exist_ok=True)
     replace(results / f"{study}.csv.gz", packed.getvalue())
     if origin is None:
