@@ -16,11 +16,12 @@ ones begin again.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
 import gzip
-import importlib.metadata
+import importlib
 import io
 import json
 import os
@@ -255,19 +256,19 @@ def play(folder, seed, noisy=False, **kwargs):
 
     script = importlib.import_module(next(folder.glob("*.py")).stem)
     checkpoint = script.load_checkpoint(folder)
-    env = script.make_env(checkpoint["args"]["env_id"], **kwargs)
-    agent = script.Agent(env.observation_space.shape[0], env.action_space)
-    agent.load_state_dict(checkpoint["agent"])
-    torch.manual_seed(seed)
-    obs, _ = env.reset(seed=seed)
-    while True:
-        with torch.no_grad():
-            noise = agent.noise(1, 1)[0] if noisy else 0.0
-            action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
-        obs, reward, terminated, truncated, _ = env.step(script.env_action(action, env.action_space)[0])
-        yield env, float(reward), terminated or truncated
-        if terminated or truncated:
-            obs, _ = env.reset()
+    with contextlib.closing(script.make_env(checkpoint["args"]["env_id"], **kwargs)) as env:
+        agent = script.Agent(env.observation_space.shape[0], env.action_space)
+        agent.load_state_dict(checkpoint["agent"])
+        torch.manual_seed(seed)
+        obs, _ = env.reset(seed=seed)
+        while True:
+            with torch.no_grad():
+                noise = agent.noise(1, 1)[0] if noisy else 0.0
+                action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
+            obs, reward, terminated, truncated, _ = env.step(script.env_action(action, env.action_space)[0])
+            yield env, float(reward), terminated or truncated
+            if terminated or truncated:
+                obs, _ = env.reset()
 
 
 def fresh_episodes(folder):
@@ -319,7 +320,7 @@ class Run:
         self.setting, self.env, self.seed, self.steps = setting, env, seed, steps
         trial = "" if steps == STUDIES[study].steps else f"__{steps}"  # another run: its schedules are shorter
         name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{setting.name}__{env}__{seed}{trial}")
-        self.folder, self.process = folder / study / name, None
+        self.folder = folder / study / name
 
     def command(self):
         flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
@@ -407,9 +408,7 @@ def output(*command):
 
 def events(folder):
     """What has happened in a population, in its order."""
-    path = folder / "events.jsonl"
-    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    return list(map(json.loads, lines))
+    return importlib.import_module("pbt_launcher").read_events(folder)[0]
 
 
 def legs(folder):

@@ -37,7 +37,6 @@ import tempfile
 import time
 import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -175,12 +174,11 @@ def beside_baselines(group, steps, repeats, folder):
     contenders = {name: contender(*what) for name, what in GROUPS[group].items()}
     results = in_turns(contenders, repeats, "{0[sps]:.0f} steps/s")
     save(f"speed_{group}", results, folder)
-    sps, rows = {name: [x["sps"] for x in found] for name, found in results.items()}, []
-    baseline = statistics.median(next(iter(sps.values())))
+    baseline, rows = statistics.median(x["sps"] for x in next(iter(results.values()))), []
     for name, found in results.items():
-        other = ("startup_s", "memory_mb") if "memory_mb" in found[0] else ()
-        medians = [f"{statistics.median(x[key] for x in found):.0f}" for key in other]
-        rows.append(compared(name, sps[name], baseline) + medians)
+        rows.append(compared(name, [x["sps"] for x in found], baseline))
+        for key in ("startup_s", "memory_mb"):
+            rows[-1].append(f"{statistics.median(x[key] for x in found):.0f}" if key in found[0] else "")
     made_with = versions(sys.executable if group == "teams" else SB3_PYTHON)
     print(f"\n{cpu_name()}, {os.cpu_count()} cores, {', '.join(f'{name} {x}' for name, x in made_with.items())}\n")
     task = "several agents, 1 core" if group == "teams" else "Hopper-v4"
@@ -197,17 +195,15 @@ def workers(rollouts, folder):
     import ppo_clip as script
 
     agent, _ = agent_and_batch(script, "cpu")
-    seconds = {1: [], script.CORES: []}
-    with ExitStack() as stack:
-        actors = {k: stack.enter_context(script.Actors(script.Args(num_workers=k), agent)) for k in seconds}
+    times = [], []
+    with script.Actors(script.Args(num_workers=1), agent) as alone, script.Actors(script.Args(), agent) as together:
         for repeat in range(rollouts):
-            for k, x in actors.items():
+            for actors, seconds in zip((alone, together), times):
                 start = time.perf_counter()
-                x.collect(agent, seed=(repeat,))
-                seconds[k].append(time.perf_counter() - start)
-    one, many = (statistics.median(x) * 1e3 for x in seconds.values())
-    alone = [(bare({0})["sps"], bare(range(script.CORES))["sps"]) for _ in range(3)]
-    factor = statistics.median(b / a for a, b in alone)
+                actors.collect(agent, seed=(repeat,))
+                seconds.append(time.perf_counter() - start)
+    one, many = (statistics.median(seconds) * 1e3 for seconds in times)
+    factor = statistics.median(bare(range(script.CORES))["sps"] / bare({0})["sps"] for _ in range(3))
     print(f"collecting: {one:.1f} ms in one process, {many:.1f} ms in {script.CORES}: {one / many:.2f} x")
     print(f"independent processes: {factor:.2f} x; collecting reaches {one / many / factor:.0%} of that")
     found = {"one_ms": one, "many_ms": many, "processes": script.CORES, "independent": factor}
@@ -296,11 +292,9 @@ def spin(seconds=2.0):
 SCRIPT = """
 def parse_args(argv):
     parser = argparse.ArgumentParser()
-    for name in ("--total-timesteps", "--stop-at-step", "--seed", "--checkpoint-every", "--num-workers"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("--x", type=float)
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--resume", type=Path)
+    kinds = {"--run-dir": Path, "--resume": Path, "--x": float}
+    for name in ("--total-timesteps", "--stop-at-step", "--seed", "--checkpoint-every", "--num-workers", *kinds):
+        parser.add_argument(name, type=kinds.get(name, int))
     return parser.parse_args(argv)
 
 def train(args):
