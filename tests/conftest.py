@@ -12,14 +12,20 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 HELPERS = Path(__file__).parent / "helpers"  # toy environments and scripts, batches
-sys.path[:0] = [str(ROOT), str(HELPERS), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(HELPERS), str(Path(__file__).parent), str(ROOT / "benchmark")]
 os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
 from forking import Forked  # noqa: E402
 
+from ppo_clip import can_compile  # noqa: E402
+
 TRAINING = ["trpo_continuous", "ppo_clip", "ppo_klpen"]  # one agent each
+PPO = ["ppo_clip", "ppo_klpen"]
 CONTRACT = [*TRAINING, "ppo_multiagent"]  # keep the contract of flags and run folders
 SCRIPTS = [*CONTRACT, "pbt_launcher"]
+
+
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler and Python's headers")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -40,6 +46,11 @@ def any_script(request):
 
 @pytest.fixture(params=TRAINING)
 def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=PPO)
+def ppo(request):
     return importlib.import_module(request.param)
 
 
