@@ -38,7 +38,7 @@ class Spaces(gym.Env):
 
 def make_model(algorithm, space, batch_size=M, **flags):
     model = algorithm("MlpPolicy", Spaces(space), n_steps=batch_size, batch_size=batch_size, device="cpu", **flags)
-    model.set_logger(sb3_logger.configure(None, []))
+    model.set_logger(sb3_logger.Logger(None, []))
     return model
 
 
@@ -167,9 +167,8 @@ def test_loss_and_gradient_of_their_ppo_on_fifty_batches(name, space, norm_adv):
         loss.backward()
         theirs = model.logger.name_to_value
         assert loss.item() * factor == pytest.approx(theirs["train/loss"], rel=2e-5, abs=1e-6)
-        assert logged["policy_loss"].item() * factor == pytest.approx(
-            theirs["train/policy_gradient_loss"], rel=2e-5, abs=1e-6
-        )
+        policy_loss = pytest.approx(theirs["train/policy_gradient_loss"], rel=2e-5, abs=1e-6)
+        assert logged["policy_loss"].item() * factor == policy_loss
         assert logged["value_loss"].item() == pytest.approx(theirs["train/value_loss"], rel=1e-5)
         assert logged["entropy"].item() == pytest.approx(-theirs["train/entropy_loss"], rel=1e-5)
         assert logged["approx_kl"].item() == pytest.approx(theirs["train/approx_kl"], rel=1e-4, abs=1e-6)
@@ -188,16 +187,8 @@ def test_loss_and_gradient_of_their_ppo_on_fifty_batches(name, space, norm_adv):
 def test_twenty_updates_of_their_ppo(name, space, max_grad_norm):
     """Gradient clipping and Adam included: PPO.train() for twenty epochs of one minibatch ends at our parameters."""
     script, (clip, coef) = importlib.import_module(name), SCRIPTS[name]
-    model = make_model(
-        sb3.PPO,
-        space,
-        n_epochs=20,
-        clip_range=clip,
-        normalize_advantage=False,
-        ent_coef=0.01,
-        learning_rate=1e-3,
-        max_grad_norm=max_grad_norm,
-    )
+    flags = {"normalize_advantage": False, "ent_coef": 0.01, "learning_rate": 1e-3, "max_grad_norm": max_grad_norm}
+    model = make_model(sb3.PPO, space, n_epochs=20, clip_range=clip, **flags)
     agent = make_agent(script, space)
     batch = batches.make_batch(script, agent, M)
     copy_weights(agent, model.policy)
@@ -239,16 +230,8 @@ def test_a_step_of_their_trpo(seed, monkeypatch):
         batch["old_policy"] = agent.policy_parameters(batch["obs"])
         batch["logprob"] = agent.policy(batch["obs"]).log_prob(batch["action"])
 
-    model = make_model(
-        sb3_contrib.TRPO,
-        BOX,
-        256,
-        cg_max_steps=300,
-        cg_damping=damping,
-        target_kl=bound,
-        normalize_advantage=False,
-        learning_rate=0.0,
-    )
+    flags = {"cg_max_steps": 300, "cg_damping": damping, "target_kl": bound, "learning_rate": 0.0}
+    model = make_model(sb3_contrib.TRPO, BOX, 256, normalize_advantage=False, **flags)
     model.policy = model.policy.double()
     copy_weights(agent, model.policy)
     fill(model.rollout_buffer, batch)

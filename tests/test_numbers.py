@@ -1,18 +1,17 @@
 """The numbers in running text are those of the stored data: each sentence is made anew from the data and looked for."""
 
 import csv
+import functools
 import importlib
 import itertools
 import json
 import re
 import statistics
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
 plot = importlib.import_module("plot")
 RESULTS = ROOT / "benchmark/results"
 SB3 = "Stable-Baselines3 PPO"
@@ -74,16 +73,10 @@ def test_the_forms_of_trpo():
 
 
 def test_guarantees():
-    cells = [
-        spread("truncation", setting, env)
-        for env in ("Pendulum-v1", "Reacher-v4")
-        for setting in ("time limit taken as the end", "bootstrapped")
-    ]
-    text = (
-        "Pendulum-v1 ends at {} if the limit counts as the end, and at {} with the bootstrap; Reacher-v4 at {} and {}."
-    )
-    text = text.format(*cells)
-    assert text in page("guarantees.md")
+    settings = "time limit taken as the end", "bootstrapped"
+    cells = [spread("truncation", setting, env) for env in ("Pendulum-v1", "Reacher-v4") for setting in settings]
+    text = "Pendulum-v1 ends at {} if the limit counts as the end, and at {} with the bootstrap;"
+    assert f"{text} Reacher-v4 at {{}} and {{}}.".format(*cells) in page("guarantees.md")
 
 
 def test_speed():
@@ -134,17 +127,14 @@ def test_the_gpu_table():
     for per_second, name in ((moves, "--num-minibatches 16`"), (steps, "--num-envs 4096`")):
         assert f"{name} | {per_second / 1e3:,.0f} 000 |".replace(",", " ") in text
     assert f"[{moves / 1e6:.1f} million moves a second]" in page("README.md")
-    kernels, device, products = re.search(
-        r"update is (\d+) kernels, (\d+) us of device time \((\d+) matrix", notes
-    ).groups()
+    pattern = r"update is (\d+) kernels, (\d+) us of device time \((\d+) matrix"
+    kernels, device, products = re.search(pattern, notes).groups()
     triton = note(r"Triton's matrix products +(\d+)")
     assert f"is {kernels} kernels and {device} µs of device time, half of it {products} matrix products" in text
     assert f"With Triton's matrix products it is {triton:.0f} µs" in text
     cold, warm = re.search(r"iteration: ([\d.]+) s cold .* ([\d.]+) s from the compiler's cache", notes).groups()
-    assert (
-        f"{float(cold):.0f} s to the end of the first iteration" in text
-        and f"before, {float(warm):.0f} s after" in text
-    )
+    assert f"{float(cold):.0f} s to the end of the first iteration" in text
+    assert f"before, {float(warm):.0f} s after" in text
     for script, name in (("ppo_clip", "PPO-clip"), ("ppo_klpen", "KL penalty"), ("trpo_continuous", "TRPO")):
         apart = note(script + r"\.py (\de-\d+)")
         assert f"{apart:.0e} ({name})".replace("e-0", "e-") in text
@@ -163,15 +153,12 @@ def test_fresh_episodes():
         rows = [row | {key: float(row[key]) for key in ("mean_action", "sampled")} for row in csv.DictReader(file)]
     worse = [row for row in rows if row["mean_action"] < row["sampled"]]
     quiet, noisy = ([f"{row[key]:.0f}" for row in worse] for key in ("mean_action", "sampled"))
-    assert [(row["setting"], int(row["seed"])) for row in worse] == [
-        ("ppo_clip.py", 6),
-        ("trpo_continuous.py", 7),
-        ("trpo_continuous.py", 9),
-    ] and {row["env"] for row in worse} == {"Walker2d-v4"}
-    text = (
-        f"In three of the {len(rows)} runs the mean action gets less, all on Walker2d: TRPO's seeds 7 and 9 ({quiet[1]}"
-    )
-    text += f" and {quiet[2]}, not {noisy[1]} and {noisy[2]}) and ppo_clip.py's seed 6 ({quiet[0]}, not {noisy[0]})."
+    expected = [("ppo_clip.py", 6), ("trpo_continuous.py", 7), ("trpo_continuous.py", 9)]
+    assert [(row["setting"], int(row["seed"])) for row in worse] == expected
+    assert {row["env"] for row in worse} == {"Walker2d-v4"}
+    text = f"In three of the {len(rows)} runs the mean action gets less, all on Walker2d: TRPO's seeds 7 and 9"
+    text += f" ({quiet[1]} and {quiet[2]}, not {noisy[1]} and {noisy[2]})"
+    text += f" and ppo_clip.py's seed 6 ({quiet[0]}, not {noisy[0]})."
     assert text in page("results.md")
 
 
@@ -213,9 +200,8 @@ def test_hoppers_first_steps():
     assert f"{text} ({low['ppo_clip.py']} of ppo_clip.py's ten)" in page("results.md")
     today, before = ([float(row["200k"]) for row in rows if (row["file"] == "today") == new] for new in (True, False))
     assert len(today) == len(before) == 24 and min(today) > 500 and sum(x < 500 for x in before) == 1
-    text = (
-        f"none of them was below 500, the lowest was at {min(today):.0f}, their mean was {statistics.fmean(today):.0f}."
-    )
+    text = f"none of them was below 500, the lowest was at {min(today):.0f},"
+    text += f" their mean was {statistics.fmean(today):.0f}."
     text += " Of the file as it was before worker processes, on the same seeds, one was below 500,"
     assert f"{text} and the mean was {statistics.fmean(before):.0f}" in page("results.md")
 
@@ -225,10 +211,8 @@ def test_scripts_say_what_to_expect():
     for script in ("ppo_clip", "ppo_klpen", "trpo_continuous"):
         for env in plot.STUDIES["v4"].envs:
             x = ends("v4", f"{script}.py", env)
-            assert f"{env} {min(x) // 100 * 100:.0f}-{-(-max(x) // 100) * 100:.0f}" in page(f"{script}.py"), (
-                script,
-                env,
-            )
+            text = f"{env} {min(x) // 100 * 100:.0f}-{-(-max(x) // 100) * 100:.0f}"
+            assert text in page(f"{script}.py"), script
     hopper, walker = (mean("v4-flags", "trpo_continuous.py --gamma 0.99", env) for env in ("Hopper-v4", "Walker2d-v4"))
     ours = [mean("v4", "trpo_continuous.py", env) for env in ("Hopper-v4", "Walker2d-v4")]
     text = f"{hopper} on average of five seeds, not {ours[0]} of ten (but Walker2d {walker}, not {ours[1]})"
@@ -321,10 +305,8 @@ def test_populations_in_pairs():
         pairs = [[statistics.fmean(x) if isinstance(x, list) else x for x in (row[one], row[other])] for row in rows]
         apart = [a - b for a, b in pairs]
         text.append(f"{statistics.fmean(apart):.0f} ({plot.interval(apart)})")
-    whole = (
-        "PBT less random search is {} for the best member and {} for all members; the schedule less the defaults is {}."
-    )
-    assert whole.format(*text) in page("pbt_launcher.md")
+    whole = "PBT less random search is {} for the best member and {} for all members;"
+    assert f"{whole} the schedule less the defaults is {{}}.".format(*text) in page("pbt_launcher.md")
 
 
 def test_mirror_images():
@@ -333,6 +315,7 @@ def test_mirror_images():
     assert f"mirrored move; without them, {low:.0f}-{high:.0f} % do." in page("multiagent.md")
 
 
+@functools.cache
 def spread_returns(policy, N=2000):
     """Returns (N,) of one episode each on the built-in simple_spread, summed over agents."""
     import ppo_multiagent as ma
@@ -347,30 +330,34 @@ def spread_returns(policy, N=2000):
     return total
 
 
-def test_random_and_greedy_play():
-    """Greedy: each agent goes straight to its landmark in the best assignment of the three."""
+def dice(world, rng):
+    return torch.randint(5, (world.num_envs, 3), generator=rng)
+
+
+def greedy(world, rng):
+    """Each agent goes straight to its landmark in the best assignment of the three."""
     permutations = torch.tensor(list(itertools.permutations(range(3))))  # (6, 3)
+    offset = world.landmark[:, None] - world.position[:, :, None]  # (N, agent, landmark, 2)
+    distance = offset.norm(dim=-1)
+    costs = distance[:, torch.arange(3), permutations].sum(-1)  # (N, 6)
+    goal = permutations[costs.argmin(-1)]  # (N, 3)
+    way = offset.gather(2, goal[:, :, None, None].expand(-1, -1, 1, 2))[:, :, 0] - 0.5 * world.velocity
+    axis = way.abs().argmax(-1)
+    sign = way.gather(-1, axis[..., None])[..., 0] > 0
+    return torch.where(way.norm(dim=-1) < 0.05, 0, 1 + 2 * axis + sign)  # nothing, left, right, down, up
 
-    def greedy(world, rng):
-        offset = world.landmark[:, None] - world.position[:, :, None]  # (N, agent, landmark, 2)
-        distance = offset.norm(dim=-1)
-        costs = distance[:, torch.arange(3), permutations].sum(-1)  # (N, 6)
-        goal = permutations[costs.argmin(-1)]  # (N, 3)
-        way = offset.gather(2, goal[:, :, None, None].expand(-1, -1, 1, 2))[:, :, 0] - 0.5 * world.velocity
-        axis = way.abs().argmax(-1)
-        sign = way.gather(-1, axis[..., None])[..., 0] > 0
-        return torch.where(way.norm(dim=-1) < 0.05, 0, 1 + 2 * axis + sign)  # nothing, left, right, down, up
 
-    dice = spread_returns(lambda world, rng: torch.randint(5, (world.num_envs, 3), generator=rng)).mean()
-    script = spread_returns(greedy).mean()
-    assert "On simple_spread random play gets -80," in page("ppo_multiagent.md") and dice == pytest.approx(-80, abs=1.5)
+def test_random_and_greedy_play():
+    random, script = (spread_returns(policy).mean() for policy in (dice, greedy))
+    assert "On simple_spread random play gets -80," in page("ppo_multiagent.md") and random == pytest.approx(
+        -80, abs=1.5
+    )
     assert "a scripted greedy player -26.5" in page("ppo_multiagent.md") and script == pytest.approx(-26.5, abs=0.3)
 
 
 def test_conversions_of_simple_spread():
-    (cell,) = re.findall(
-        r"MAPPO, width 128 \| .* \| (-[\d.]+) ± [\d.]+ \(3\) \|\n", (RESULTS / "spread-10M.md").read_text()
-    )
+    pattern = r"MAPPO, width 128 \| .* \| (-[\d.]+) ± [\d.]+ \(3\) \|\n"
+    (cell,) = re.findall(pattern, (RESULTS / "spread-10M.md").read_text())
     assert f"our {cell} after 10M would be {2 * float(cell) - 75:.0f} there" in page("multiagent.md")
     authors = float(re.search(r"So the (-\d+) that the authors' code reaches", page("multiagent.md"))[1])
     assert f"is {(authors + 75) / 2:.1f} here" in page("multiagent.md")

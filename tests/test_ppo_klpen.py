@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batches import BOX, DISCRETE, make_coef, move
+from conftest import needs_compiler
 from gymnasium.spaces import Box
 from test_ppo_clip import epochs
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
@@ -209,6 +210,7 @@ def test_beta_turns_the_gradient_and_the_learning_rate_only_scales_the_step():
 
 
 @pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("space", [BOX, DISCRETE])
 def test_compiled_equals_eager_and_reads_beta(space):
     """Compiled once, the update follows beta: 1e-5 relative; a beta that stayed 1 would show."""

@@ -16,7 +16,6 @@ from conftest import ROOT
 from forking import Forked
 from waiting import wait_for
 
-sys.path.insert(0, str(ROOT / "benchmark"))
 reproduce = importlib.import_module("reproduce")
 plot = importlib.import_module("plot")
 speed = importlib.import_module("speed")

@@ -9,6 +9,7 @@ import batches
 import numpy as np
 import pytest
 import torch
+from conftest import needs_compiler
 
 import trpo_continuous as trpo
 
@@ -442,11 +443,8 @@ def test_what_is_acceptable():
     assert not accepted(kl_constraint="max") and accepted(kl_max=0.01, kl_constraint="max")
     assert accepted(form="penalized") and accepted(kl=0.09, form="penalized")  # no bound: 0.1 pays 0.09
     assert not accepted(kl=0.1, form="penalized") and not accepted(beta=20.0, form="penalized")
-    for bad, flags in itertools.product(
-        (math.nan, math.inf, -math.inf), ({}, {"kl_constraint": "max"}, {"form": "penalized"})
-    ):
-        assert not accepted(improvement=bad, **flags)
     for flags in ({}, {"kl_constraint": "max"}, {"form": "penalized"}):
+        assert not any(accepted(improvement=bad, **flags) for bad in (math.nan, math.inf, -math.inf))
         assert not accepted(kl=math.nan, kl_max=math.nan, **flags)
 
 
@@ -482,7 +480,7 @@ def test_a_rejected_step_is_logged_and_leaves_the_policy(tmp_path, monkeypatch):
     "flags", [[], ["--kl-constraint", "max"], ["--cg-damping", 0, "--cg-iters", 40], ["--max-kl", 0.3]]
 )
 def test_no_candidate_above_the_bound_is_ever_accepted(tmp_path, flags):
-    table = run(tmp_path, "a", "--total-timesteps", 25_600, *flags)
+    table = run(tmp_path, "a", "--total-timesteps", 25_600, "--vf-epochs", 1, "--num-minibatches", 1, *flags)
     bound = 0.3 if "--max-kl" in flags else trpo.Args().max_kl
     bounded = table["kl_max" if "max" in flags else "kl"]
     assert len(bounded) == 200 and max(bounded) <= bound * (1 + 1e-6)
@@ -520,6 +518,7 @@ def test_critic_update_equals_torch():
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_compiled_critic_equals_eager():
     results = []
     for compile in (False, True):
@@ -637,9 +636,9 @@ def test_flags_of_the_form_that_a_checkpoint_has_are_taken(tmp_path, capsys):
         trpo.parse_args(["--evaluate", str(tmp_path / "a"), "--max-kl", "0.05"])
 
 
-@pytest.mark.parametrize(
-    "flags", ["--max-kl 0", "--backtrack-coeff 1", "--fvp-subsample 65", "--cg-damping -1", "--cg-iters 0"]
-)
+BAD = ["--max-kl 0", "--backtrack-coeff 1", "--fvp-subsample 65", "--cg-damping -1", "--cg-iters 0"]
+
+
+@pytest.mark.parametrize("flags", [*BAD, "--beta 100000.0 --form penalized"])
 def test_values_that_cannot_work_are_refused(flags, tmp_path, capsys):
     assert flags.split()[0] in refused(capsys, tmp_path, *flags.split())
-    assert "--beta" in refused(capsys, tmp_path, *PENALIZED, "--beta", 1e5)
