@@ -167,9 +167,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     mutants = all_mutants(args.files)
-    order = sorted(
-        mutants, key=lambda name: random.Random(f"{args.seed} {name}").random()
-    )  # other mutants change little
+    order = sorted(mutants, key=lambda name: random.Random(f"{args.seed} {name}").random())  # others change it little
     drawn = [name for name in order[args.skip : args.sample] if any(text in name for text in args.only)]
     with tempfile.TemporaryDirectory() as whole:
         for path in (*ROOT.glob("*.py"), *ROOT.glob("*.t*")):

@@ -606,10 +606,8 @@ def test_json_is_valid_and_a_closed_pipe_is_no_traceback(trainer, tmp_path, cli)
 
 @pytest.mark.slow
 def test_what_a_person_sees(trainer, tmp_path, cli):
-    name = trainer.__name__
-    process = cli(
-        name, *small_for(trainer), "--checkpoint-every", 4000, "--run-dir", "a"
-    )  # so that it cuts nothing off
+    flags, name = [*small_for(trainer), "--checkpoint-every", 4000], trainer.__name__  # so that it cuts nothing off
+    process = cli(name, *flags, "--run-dir", "a")
     env_id = {"ppo_multiagent": "simple_spread", "trpo_continuous": "Pendulum-v1"}.get(name, "CartPole-v1")
     lines = process.stderr.splitlines()
     assert lines[0] == f"{name}.py: {env_id}, seed 1, run folder a"

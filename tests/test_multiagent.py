@@ -383,11 +383,9 @@ def gradients_of_a_matrix_game(team, payoff, args):
     parameters = list(team.actor.parameters())
     exact, estimated = [], []
     for g in range(2):  # with separate networks each agent's parameters are a slice
-        terms = (
-            (probability * payoff[joint[:, 0], joint[:, 1]]).sum(),
-            (probability.detach() * advantage[:, g]) @ logprob[:, g],
-        )
-        for gradients, term in zip((exact, estimated), terms):
+        expected = (probability * payoff[joint[:, 0], joint[:, 1]]).sum()
+        surrogate = (probability.detach() * advantage[:, g]) @ logprob[:, g]
+        for gradients, term in ((exact, expected), (estimated, surrogate)):
             parts = torch.autograd.grad(term, parameters, retain_graph=True)
             gradients.append(torch.cat([x[g].flatten() for x in parts]))
     return torch.stack(exact), torch.stack(estimated)

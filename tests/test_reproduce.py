@@ -70,9 +70,8 @@ def test_a_stopped_grid_goes_on_without_repeating_finished_runs(tmp_path):
     """SIGTERM goes to the grid alone, which stops its runs; SIGKILL takes them with it, as a power cut would."""
     flags = ["--envs", "Pendulum-v1", "--steps", "20480", "--seeds", "2"]
     for how, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        process = subprocess.Popen(
-            command(tmp_path, "truncation", *flags), stderr=subprocess.PIPE, start_new_session=True
-        )
+        grid = command(tmp_path, "truncation", *flags)
+        process = subprocess.Popen(grid, stderr=subprocess.PIPE, start_new_session=True)
         wait_for(lambda: reproduce.read("truncation", tmp_path / "results") and running(tmp_path), process)
         if how == signal.SIGTERM:
             process.terminate()

@@ -88,9 +88,8 @@ def trpo_iteration(script, args, agent, optimizer, batch, step, adapted):
     beta = adapted.setdefault("beta", args.beta)
     report = script.policy_step(*script.functions_of_theta(agent, batch, args), beta, args)
     if args.beta_schedule == "adaptive":
-        adapted["beta"] = script.adapted_beta(
-            beta, report["kl"] if report["line_search_step"] >= 0 else 1e9, args.max_kl
-        )
+        kl = report["kl"] if report["line_search_step"] >= 0 else 1e9
+        adapted["beta"] = script.adapted_beta(beta, kl, args.max_kl)
     logged = []
     for _ in range(args.vf_epochs):
         for minibatch in epoch_of_minibatches(batch, args.num_minibatches):
@@ -289,10 +288,8 @@ def test_training_uses_one_thread(script, tmp_path):
         torch.set_num_threads(before)
 
 
-ADAPTED = [
-    ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 10.0, "learning_rate": 1e-4}),
-    ("ppo_klpen", {"kl_target": 1e-6}),
-]
+ADAPTED = [("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 10.0, "learning_rate": 1e-4})]
+ADAPTED += [("ppo_klpen", {"kl_target": 1e-6})]
 ADAPTED += [("trpo_continuous", {"form": "penalized", "beta_schedule": "adaptive", "max_kl": 1e-6})]
 
 
@@ -330,12 +327,8 @@ DEFAULTS = {
     "trpo_continuous": {"form": "constrained", "kl_constraint": "mean", "max_kl": 0.02, "beta": 1.0, "gamma": 0.995},
 }
 DEFAULTS["trpo_continuous"] |= {"beta_schedule": "fixed", "cg_iters": 10, "cg_damping": 0.1, "fvp_subsample": 1}
-DEFAULTS["trpo_continuous"] |= {
-    "backtrack_coeff": 0.8,
-    "backtrack_iters": 10,
-    "vf_epochs": 20,
-    "vf_learning_rate": 1e-3,
-}
+DEFAULTS["trpo_continuous"] |= {"backtrack_coeff": 0.8, "backtrack_iters": 10, "vf_epochs": 20}
+DEFAULTS["trpo_continuous"] |= {"vf_learning_rate": 1e-3}
 MINIBATCH = {"ppo_clip": 64, "ppo_klpen": 64, "trpo_continuous": 128}
 
 

@@ -100,10 +100,8 @@ if __name__ == "__main__":
         assert importlib.import_module(name).main(flags) == 0
 """
     (tmp_path / "spawning.py").write_text(code)
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{HELPERS}"}
-    process = subprocess.run(
-        [sys.executable, "spawning.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    flags = {"env": os.environ | {"PYTHONPATH": f"{ROOT}:{HELPERS}"}, "cwd": tmp_path, "timeout": 300}
+    process = subprocess.run([sys.executable, "spawning.py"], capture_output=True, text=True, **flags)
     assert process.returncode == 0, process.stderr
     for script in scripts:
         ours, theirs = (tensors(script, tmp_path / f"{script.__name__}-{how}") for how in ("forked", "spawned"))
@@ -157,9 +155,8 @@ def test_a_signal_leaves_a_checkpoint_that_resumes(trainer, send, number, tmp_pa
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in err and not any(map(alive, workers))
     step = json.loads(out.splitlines()[-1])["global_step"]
-    assert (
-        trainer.load_checkpoint(tmp_path / "a")["global_step"] == int(rows(tmp_path / "a")[-1]["global_step"]) == step
-    )
+    assert trainer.load_checkpoint(tmp_path / "a")["global_step"] == step
+    assert int(rows(tmp_path / "a")[-1]["global_step"]) == step
     again = ["--resume", tmp_path / "a", "--num-workers", 0, "--stop-at-step", step + 256]
     assert trainer.main(list(map(str, again))) == 0
     assert int(rows(tmp_path / "a")[-1]["global_step"]) == step + 256
@@ -301,7 +298,7 @@ def test_an_environment_that_fails_ends_the_run_with_one_line(env, message, num_
     "obs,start,end",
     [
         (np.append(np.linspace(0, 1, 59), np.inf), "[0.", "inf]: not finite"),
-        (np.array([1e39]), "[1.e+39]", ": not fin"),
+        (np.array([1e39]), "[1.e+39]: not finite", ""),
     ],
     ids=["wide", "too large for a float32"],
 )
