@@ -980,7 +980,8 @@ class PettingZoo:
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
         boxes = all(isinstance(x, gym.spaces.Box) and x.is_bounded() and x.dtype.kind == "f" for x in self.spaces)
         if not (self.discrete or boxes):
-            raise UserError(f"{args.env_id} has actions {self.spaces}; this script does Discrete or bounded float Box")
+            does = "this script does Discrete or bounded float Box"
+            raise UserError(f"{args.env_id} has action spaces {self.spaces}; {does}")
         if any(space.shape is None or len(space.shape) > 2 for space in self.obs_spaces):
             raise UserError(f"{args.env_id} has observations {self.obs_spaces}; this script is not for images or Dicts")
         widths = np.array([gym.spaces.flatdim(space) for space in self.spaces])

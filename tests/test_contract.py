@@ -334,7 +334,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MISTAKES = [
     (["--env-id", "Hoper-v4"], "Hoper"),
     (["--env-id", "no_such_module:Thing-v0"], "no_such_module"),
-    (["--env-id", "toy_envs:TupleActions-v0"], "this script does "),
+    (["--env-id", "toy_envs:TupleActions-v0"], "action space"),
     (["--num-minibatches", "5"], "divide"),
     (["--num-envs", "0"], "--num-envs 0 must be"),
     (["--total-timesteps", "100"], "shorter than one iteration"),
