@@ -62,6 +62,17 @@ def ratio(a, b, group="ppo"):
     return statistics.median(one) / statistics.median(other)
 
 
+def test_a_learning_rate_that_follows_the_kl():
+    words = []
+    for env in plot.STUDIES["kl-adaptive-lr"].envs:
+        pairs = zip(ends("kl-adaptive-lr", "kl-adaptive, band 1.5", env), ends("kl-adaptive-lr", "linear", env))
+        more = [a - b for a, b in pairs]
+        x = statistics.fmean(more)
+        words.append(f"{abs(x):.0f} ± {statistics.stdev(more) / 3**0.5:.0f} {'more' if x > 0 else 'less'}")
+    text = "{} than a linear rate on Hopper, {} on Walker2d, and {} on HalfCheetah.".format(*words)
+    assert text in page("results.md")
+
+
 def test_the_forms_of_trpo():
     """The largest difference between two forms, and where it is."""
     forms = plot.STUDIES["trpo-forms"]
