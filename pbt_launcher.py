@@ -255,12 +255,13 @@ def train(args):
             if members := population.due():
                 population.decide(members)
             time.sleep(0.01)  # a leg takes minutes
-    best, score = population.folder / "best.pt", None
+    best, score = None, None
     if population.best:
-        score = population.legs[population.best]["score"]
+        best, score = population.folder / "best.pt", population.legs[population.best]["score"]
         shutil.copy(population.checkpoint(population.best), best)
         draw(population)
-    return {"best": os.path.relpath(best), "leg": population.best, "score": score, "signal": next(iter(signals), None)}
+    best = best and os.path.relpath(best)
+    return {"best": best, "leg": population.best, "score": score, "signal": next(iter(signals), None)}
 
 
 # ==== The population: a list of events, and what follows from it, so that nothing is lost in a crash ==================
@@ -567,12 +568,19 @@ def check_flags(population, slot, signals):
     for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
     trials += [("", m.hyper) for m in population.members.values()]
+    deadline = time.monotonic() + population.args.leg_timeout
+
+    def wait_for(something):
+        while (found := something()) in (None, False) and not signals:
+            if time.monotonic() > deadline:
+                raise UserError(f"{population.args.script} does not answer (see --leg-timeout)")
+            time.sleep(0.01)
+        return found
+
     for culprit, hyper in trials:
-        while not slot.available() and not signals:
-            time.sleep(0.01)
+        wait_for(slot.available)
         slot.start({"check": population.next_leg(replace(population.members[0], hyper=hyper))[1]["train"]})
-        while (answer := slot.poll()) is None and not signals:
-            time.sleep(0.01)
+        answer = wait_for(slot.poll)
         if answer and "error" in answer:
             raise UserError(culprit + answer["error"])
 

@@ -282,8 +282,8 @@ def env_action(action, space):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
-    advantage it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
+    delta_t = reward_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of
+    A_t it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
     episode's end all later V cancel: it trusts only the rewards, but is as noisy as a whole episode. lambda mixes both:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
@@ -399,10 +399,10 @@ def train(args: Args) -> dict:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
 
-    cut, over = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
+    cut, finished = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
     with actors, run:
         run.begin()
-        while not over:
+        while not finished:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             if args.lr_schedule != "kl-adaptive":
                 learning_rate = args.learning_rate * (remaining if args.lr_schedule == "linear" else 1)
@@ -440,8 +440,8 @@ def train(args: Args) -> dict:
             unexplained = (data["return"] - data["value"]).var() / data["return"].var()
             losses |= {"explained_variance": 1 - unexplained.item(), "epochs": epoch}
             run.log(global_step, B, {"learning_rate": coef["learning_rate"].item()}, losses)
-            over = global_step >= run.last_step or run.signal is not None
-            cut = over or global_step % args.checkpoint_every < B  # or it has just passed a multiple
+            finished = global_step >= run.last_step or run.signal is not None
+            cut = finished or global_step % args.checkpoint_every < B  # or it has just passed a multiple
             if cut:
                 run.save(global_step, learning_rate=learning_rate)
     return run.summary(global_step)
@@ -745,18 +745,18 @@ def load_checkpoint(path, env_id=None, agent=None):
     try:
         if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
             raise zipfile.BadZipFile
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        script, trained_on = state["script"], state["args"]["env_id"]
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        script, trained_on = saved["script"], saved["args"]["env_id"]
     except Exception as error:
         raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     try:
         if agent is not None:
-            agent.load_state_dict(state["agent"])
+            agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
         raise UserError(f"the checkpoint does not fit this agent: {str(error).splitlines()[-1].strip()}") from error
-    return state
+    return saved
 
 
 def lock(file):

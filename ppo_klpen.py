@@ -43,7 +43,7 @@ Departures from the paper:
     python ppo_klpen.py --evaluate runs/Hopper-v4__ppo_klpen__1__DATE   # without noise; prints one line of JSON
 
 Expect after 1M steps (range of ten seeds): Hopper-v4 1600-2800, Walker2d-v4 3000-3900, HalfCheetah-v4 1400-3700.
-Hopper-v4 with --gamma 0.995, of five seeds: 3000-3600.
+Hopper-v4 with --gamma 0.995, five seeds of an older script: 3000-3600.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, D numbers in an observation,
 A actions (Discrete) or action dimensions (Box), P = A logits (Discrete) or P = 2A means and log deviations (Box).
@@ -288,8 +288,8 @@ def env_action(action, space):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
-    advantage it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
+    delta_t = reward_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of
+    A_t it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
     episode's end all later V cancel: it trusts only the rewards, but is as noisy as a whole episode. lambda mixes both:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
@@ -409,10 +409,10 @@ def train(args: Args) -> dict:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
 
-    cut, over = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
+    cut, finished = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
     with actors, run:
         run.begin()
-        while not over:
+        while not finished:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             if args.lr_schedule != "kl-adaptive":
                 learning_rate = args.learning_rate * (remaining if args.lr_schedule == "linear" else 1)
@@ -451,8 +451,8 @@ def train(args: Args) -> dict:
             unexplained = (data["return"] - data["value"]).var() / data["return"].var()
             losses |= {"explained_variance": 1 - unexplained.item(), "klpen/beta": coef["beta"].item()}
             run.log(global_step, B, {"learning_rate": coef["learning_rate"].item()}, losses)
-            over = global_step >= run.last_step or run.signal is not None
-            cut = over or global_step % args.checkpoint_every < B  # or it has just passed a multiple
+            finished = global_step >= run.last_step or run.signal is not None
+            cut = finished or global_step % args.checkpoint_every < B  # or it has just passed a multiple
             if cut:
                 run.save(global_step, learning_rate=learning_rate, beta_init=beta)
     return run.summary(global_step)
@@ -756,18 +756,18 @@ def load_checkpoint(path, env_id=None, agent=None):
     try:
         if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
             raise zipfile.BadZipFile
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        script, trained_on = state["script"], state["args"]["env_id"]
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        script, trained_on = saved["script"], saved["args"]["env_id"]
     except Exception as error:
         raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     try:
         if agent is not None:
-            agent.load_state_dict(state["agent"])
+            agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
         raise UserError(f"the checkpoint does not fit this agent: {str(error).splitlines()[-1].strip()}") from error
-    return state
+    return saved
 
 
 def lock(file):

@@ -332,7 +332,7 @@ class Team(nn.Module):
 
         NOTE: the critic's last layer is rescaled so that new units change no value (PopArt, van Hasselt et al. 2016).
         Without it, a growing standard deviation stretches all values, and so the next targets, which bootstrap from
-        them: on simple_spread both diverge within 100 000 steps."""
+        them, and it grows even more."""
         old_mean, old_std = (x.view(-1, 1, 1) for x in self.value_scale())
         chunks = (x.chunk(self.P, 2) for x in (rollout["alive"] > 0, returns, rollout["obs"]))
         for p, (alive, returns_p, obs_p) in enumerate(zip(*chunks)):
@@ -421,8 +421,8 @@ class TeamEnvironments:
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16). All (T, N).
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of the
-    advantage it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
+    delta_t = reward_t + gamma V(s_{t+1}) - V(s_t) says how much better than expected one step went. As an estimate of
+    A_t it has little noise, but it trusts V, which is wrong at first. In the discounted sum of all deltas to the
     episode's end all later V cancel: it trusts only the rewards, but is as noisy as a whole episode. lambda mixes both:
 
         A_t = delta_t + gamma lambda A_{t+1}          lambda = 0: one step and V;  lambda = 1: the whole episode
@@ -576,10 +576,10 @@ def train(args: Args) -> dict:
         say(f"nothing to do: {args.resume} is at step {global_step} already")
         return run.summary(global_step)
 
-    cut, over = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
+    cut, finished = True, False  # cut: all environments begin new episodes, since a checkpoint cannot hold the old ones
     with actors, run:
         run.begin()
-        while not over:
+        while not finished:
             remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
             coef["learning_rate"].fill_(args.learning_rate * (remaining if args.lr_schedule == "linear" else 1))
             coef["ent_coef"].fill_(args.ent_coef * (args.ent_final + (1 - args.ent_final) * remaining))
@@ -622,8 +622,8 @@ def train(args: Args) -> dict:
             losses |= {"kl": kl, "explained_variance": 1 - ((target - value).var() / target.var()).item()}
             charts = {"learning_rate": coef["learning_rate"].item()} | actors.by_agent()
             run.log(global_step, B, charts | (pool.strength if pool else {}), losses)
-            over = global_step >= run.last_step or run.signal is not None
-            cut = over or global_step % args.checkpoint_every < B  # or it has just passed a multiple
+            finished = global_step >= run.last_step or run.signal is not None
+            cut = finished or global_step % args.checkpoint_every < B  # or it has just passed a multiple
             if cut:
                 run.save(global_step, **({"snapshots": pool.snapshots, "strength": pool.strength} if pool else {}))
     return run.summary(global_step)
@@ -1282,18 +1282,18 @@ def load_checkpoint(path, env_id=None, agent=None):
     try:
         if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
             raise zipfile.BadZipFile
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        script, trained_on = state["script"], state["args"]["env_id"]
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        script, trained_on = saved["script"], saved["args"]["env_id"]
     except Exception as error:
         raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     try:
         if agent is not None:
-            agent.load_state_dict(state["agent"])
+            agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
         raise UserError(f"the checkpoint does not fit this agent: {str(error).splitlines()[-1].strip()}") from error
-    return state
+    return saved
 
 
 def lock(file):

@@ -176,7 +176,7 @@ def curves(study, results):
     panels = [(quantity, env) for quantity in quantities for env in envs]
     columns = min(4, len(envs))
     rows = -(-len(panels) // columns)
-    size = (4.2 * columns + 2, 3.2 * rows)
+    size = (4.2 * columns + 2 * (len(panels) == rows * columns), 3.2 * rows)  # an empty panel has room for the legend
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (quantity, env) in zip(axes.flat, panels, strict=False):
         for i, setting in enumerate(settings):
@@ -184,7 +184,10 @@ def curves(study, results):
             if seeds := [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]:
                 mean_and_band(axis, seeds, colour, setting, quantity)
             if study == "figure3":
-                axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1)
+                axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1, label=f"where the paper's {setting} ends")
+        if study == "figure3" and env == "Reacher-v4":
+            axis.set_ylim(-20, -3)
+            axis.text(0.5, 0.05, "the paper's TRPO ends at -115", transform=axis.transAxes, fontsize=8, ha="center")
         if quantity == "kl":
             axis.axhline(0.01, color="k", ls="--", lw=1)
         if quantity != "episodic_return":
@@ -195,7 +198,11 @@ def curves(study, results):
             axis.set_ylabel(LABELS[quantity], fontsize=9)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    legend = axes[0, 0].get_legend_handles_labels()
+    if len(panels) < rows * columns:
+        axes.flat[-1].legend(*legend, fontsize=9, loc="center")
+    else:
+        figure.legend(*legend, fontsize=8, loc="outside right upper")
     figure.supxlabel("environment steps", fontsize=9)
     figure.savefig(results / f"{study}.png", dpi=100)
 

@@ -1019,3 +1019,12 @@ def test_no_more_slots_are_made_than_there_are_members(tmp_path):
 
     finished(tmp_path / "a", *SMALL, "--slots", 40, slot=Counted)
     assert made == [0, 1, 2, 3]
+
+
+def test_a_script_that_does_not_even_read_its_flags_is_given_up(tmp_path):
+    class Silent(Inline):
+        def poll(self):
+            return None
+
+    message = "toy_script.py does not answer (see --leg-timeout)"
+    assert message in refused(tmp_path / "a", *SMALL, "--leg-timeout", 1e-9, slot=Silent)
