@@ -184,7 +184,7 @@ def curves(study, results):
             if seeds := [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]:
                 mean_and_band(axis, seeds, colour, setting, quantity)
             if study == "figure3":
-                axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1, label=f"where the paper's {setting} ends")
+                axis.axhline(FIGURE3[setting][env], color=colour, ls="--", lw=1, label=f"end of the paper's {setting}")
         if study == "figure3" and env == "Reacher-v4":
             axis.set_ylim(-20, -3)
             axis.text(0.5, 0.05, "the paper's TRPO ends at -115", transform=axis.transAxes, fontsize=8, ha="center")
