@@ -115,6 +115,16 @@ def table(study, results):
     return markdown(["setting", *heads, *(["normalised (95 % interval)", "paper"] if scores else [])], rows)
 
 
+def seeds_table(study, results):
+    """Every seed's return, for the studies of ten seeds."""
+    seeds = range(1, STUDIES[study].seeds + 1)
+    rows = [
+        [f"{setting}, {env}", *(f"{values[seed]:.0f}" if seed in values else "" for seed in seeds)]
+        for (setting, env), values in sorted(returns(study, results).items())
+    ]
+    return markdown(["seed", *map(str, seeds)], rows)
+
+
 def fresh_table(study, results):
     """Beside the last training episodes: fresh ones of the finished policy, mean ± standard deviation over seeds."""
     found = {}  # {row: {env: values}}
@@ -438,6 +448,8 @@ def main():
         return
     text = tables[name](results) if name in tables else table(name, results)
     (results / f"{name}.md").write_text(text + "\n")
+    if name in ("v4", "v4-baselines", "v5"):
+        (results / f"{name}.seeds.md").write_text(seeds_table(name, results) + "\n")
     if (results / f"{name}.fresh.csv").exists():
         (results / f"{name}.fresh.md").write_text(fresh_table(name, results) + "\n")
     if name in STUDIES:

@@ -298,10 +298,14 @@ def test_rows_past_the_checkpoint_are_cut_off(trainer, half):
 @pytest.mark.slow
 def test_ten_sigkills_change_nothing(trainer, tmp_path, cli):
     """The run or, every third time, its worker is killed at random moments of start-up and training, and the run is
-    resumed each time: the same final bits."""
+    resumed each time: the same final bits. For other moments: KILLS=1 pytest -k ten_sigkills."""
     flags = [*small_for(trainer), "--total-timesteps", 20480, "--checkpoint-every", 1024]
     assert cli(trainer.__name__, *flags, "--run-dir", "whole").returncode == 0
-    chance, progress, killed = random.Random(0), tmp_path / "killed" / "progress.csv", tmp_path / "killed"
+    chance, progress, killed = (
+        random.Random(int(os.environ.get("KILLS", 0))),
+        tmp_path / "killed" / "progress.csv",
+        tmp_path / "killed",
+    )
 
     def start(**kwargs):
         begun = ["--resume", "killed"] if (killed / "checkpoint.pt").exists() else [*flags, "--run-dir", "killed"]
@@ -366,6 +370,7 @@ def test_advantages_of_single_samples_cannot_be_normalised(ppo, tmp_path, capsys
 OUT_OF_RANGE = ["--seed -1", f"--seed {2**70}", "--gamma nan", "--gae-lambda -0.1", "--learning-rate inf"]
 OUT_OF_RANGE += ["--learning-rate 0.0", "--stop-at-step 0", "--stop-at-step -5", "--checkpoint-every 0"]
 OUT_OF_RANGE += ["--max-grad-norm nan", "--num-workers -1", "--vf-coef -1.0", "--ent-coef inf"]
+OUT_OF_RANGE += ["--target-kl nan", "--target-kl -1.0", "--clip-coef nan"]
 OUT_OF_RANGE += ["--total-timesteps 0", "--update-epochs 0", "--num-minibatches 0"]
 OUT_OF_RANGE += ["--kl-lr-band 0.5 --lr-schedule kl-adaptive", "--kl-lr-target nan --lr-schedule kl-adaptive"]
 UNREADABLE = [

@@ -216,6 +216,8 @@ def test_the_committed_tables_are_those_of_the_stored_data():
     for study in reproduce.STUDIES:
         if runs := reproduce.read(study, results):
             assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
+            if (path := results / f"{study}.seeds.md").exists():
+                assert path.read_text() == plot.seeds_table(study, results) + "\n"
             assert all(list(row) == list(reproduce.COLUMNS) for rows in runs.values() for row in rows)
     assert (results / "selfplay.md").read_text() == plot.selfplay(results) + "\n"
     assert (results / "pbt.md").read_text() == plot.populations(results) + "\n"
@@ -256,3 +258,12 @@ def test_populations_that_are_stored_are_not_run_again(tmp_path):
     (tmp_path / "pbt_Hopper-v4_4096.json").write_text('[{"repetition": 0}]')
     reproduce.populations("Hopper-v4", 4096, 1, 1, tmp_path, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_row_of_the_gpus_table_is_a_command_that_its_script_accepts():
+    names = [name for name, *_ in speed.gpu_rows("Hopper-v4", 0)]
+    commands = [name.split() for name in names if name.split()[0].endswith(".py") and "--" in name]
+    assert len(commands) >= 12 and ["--no-cuda" in x for x in commands[:8]] == [False, True] * 4
+    for script, *flags in commands:
+        if script != speed.SB3:
+            importlib.import_module(Path(script).stem).parse_args(flags)
