@@ -7,7 +7,7 @@
     python benchmark/plot.py pbt                # Population Based Training against random search
     python benchmark/plot.py selfplay           # how strong self-play is, and what each of its parts does
     python benchmark/plot.py runs RUN ...       # run folders of your own: runs.png
-    python benchmark/plot.py film RUN RUN RUN   # the looping picture of the first page, from three run folders
+    python benchmark/plot.py film RUN RUN RUN   # a looping picture of three policies, from their run folders
 
 The intervals of ppo-table1 and pbt need scipy: pip install -r benchmark/requirements.txt
 """
@@ -423,7 +423,12 @@ def selfplay(results):
     by_chance = None, None, "wins_by_chance", "blocks_by_chance", "right_by_chance"
     lines = [line("uniformly random moves", "default", 101, *by_chance)]
     lines += [line(name, variant, 101, *measured) for name, variant in SELFPLAY.items()]
-    for name, variant in (("earlier: squares, 10M moves", "squares"), ("**the defaults, 20M moves**", "default")):
+    for name, variant in (
+        ("earlier: squares, 10M moves", "squares"),
+        ("**the defaults, 2M moves**", "default_2M"),
+        ("**the defaults, 5M moves**", "default_5M"),
+        ("**the defaults, 20M moves**", "default"),
+    ):
         lines += [line(f"{name}, seed {seed}", variant, seed, *measured) for seed in (1, 2, 3)]
     games, moves = ("MCTS-50", "MCTS-1000 (50 games)"), ("wins taken, own / random", "threats blocked, own / random")
     text = markdown(["", *games, *moves, "right moves"], lines)
