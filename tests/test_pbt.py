@@ -1,6 +1,7 @@
 """The launcher: selection and mutation as pure functions, the paper's toy, and populations that die in every way."""
 
 import contextlib
+import importlib
 import csv
 import io
 import itertools
@@ -1028,3 +1029,11 @@ def test_a_script_that_does_not_even_read_its_flags_is_given_up(tmp_path):
 
     message = "toy_script.py does not answer (see --leg-timeout)"
     assert message in refused(tmp_path / "a", *SMALL, "--leg-timeout", 1e-9, slot=Silent)
+
+
+def test_the_scripts_own_flags_come_last():
+    """So they win over what the launcher chooses: it gives a leg one process, since the slots are the processes."""
+    population = pbt.Population(pbt.Args("ppo_clip.py", population=2, script_flags=["--num-workers", "2"]))
+    flags = population.next_leg(population.members[0])[1]["train"]
+    assert "--num-workers=0" in flags
+    assert importlib.import_module("ppo_clip").parse_args(flags).num_workers == 2
