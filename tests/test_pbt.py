@@ -1,8 +1,8 @@
 """The launcher: selection and mutation as pure functions, the paper's toy, and populations that die in every way."""
 
 import contextlib
-import importlib
 import csv
+import importlib
 import io
 import itertools
 import json
