@@ -118,7 +118,8 @@ def ranked(scores):
 
 def exploit(scores, args, rng):
     """Who copies whom: {loser: donor}. scores: {member: score}. A member with None is left alone, as nothing is known
-    of it: it has ended no leg since it began or became a copy, or no episode ended in its leg (it may just do well)."""
+    of it: it has ended no leg since it began or became a copy, or no episode ended in its leg (it may just do well). Of
+    one that has failed twice, decide makes a copy."""
     if args.quantile == 0 or args.replay:  # random search, or a schedule that is known
         return {}
     scores = {m: x for m, x in scores.items() if x is not None}
@@ -278,7 +279,7 @@ class Member:
     waiting: bool = False  # for the next decision: it has finished a leg, or failed twice
     tries: int = 0  # legs that it has run itself, finished or failed; the next one is named m<id>/t<tries + 1>
     failures: int = 0  # of its next leg, so far
-    score: float | None = None  # of its last leg; None if it has run none since it began or became a copy
+    score: float | None = None  # of its last leg; None if it has run none since it became a copy, say: see exploit
     leg: str | None = None  # name of the leg, perhaps another member's, whose checkpoint its next leg starts from
 
 
@@ -568,19 +569,15 @@ def check_flags(population, slot, signals):
     for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
         trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
     trials += [("", m.hyper) for m in population.members.values()]
-    deadline = time.monotonic() + population.args.leg_timeout
-
-    def wait_for(something):
-        while (found := something()) in (None, False) and not signals:
+    for culprit, hyper in trials:
+        while not slot.available() and not signals:
+            time.sleep(0.01)
+        slot.start({"check": population.next_leg(replace(population.members[0], hyper=hyper))[1]["train"]})
+        deadline = time.monotonic() + population.args.leg_timeout
+        while (answer := slot.poll()) is None and not signals:
             if time.monotonic() > deadline:
                 raise UserError(f"{population.args.script} does not answer (see --leg-timeout)")
             time.sleep(0.01)
-        return found
-
-    for culprit, hyper in trials:
-        wait_for(slot.available)
-        slot.start({"check": population.next_leg(replace(population.members[0], hyper=hyper))[1]["train"]})
-        answer = wait_for(slot.poll)
         if answer and "error" in answer:
             raise UserError(culprit + answer["error"])
 

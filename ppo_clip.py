@@ -243,7 +243,7 @@ class Environments:
 
     @torch.inference_mode()
     def run(self, seeds=()):
-        """Run pi_old for T steps in each environment (Algorithm 1, line 3), and record them in the rollout.
+        """Run pi_old for T steps in each environment (PPO's Algorithm 1, line 3), and record them in the rollout.
 
         next_obs is the true successor, also where an episode ends: its last observation, not the first of the next one.
         Only the policy is evaluated here. Values and log-probabilities follow in one large batch (make_batch), since no
@@ -828,7 +828,7 @@ class Run(contextlib.ExitStack):
             self.csv.seek(0)
             header, *rows = self.csv.readlines() or [""]
             steps = [x.split(",")[0] for x in rows if x.endswith("\n")] if self.global_step else []
-            if header and not (header.startswith("global_step,") and all(map(str.isdigit, steps))):
+            if header and not (header.startswith("global_step,") and all(map(str.isdecimal, steps))):
                 raise UserError("progress.csv is not what this script wrote: move it away")
         kept = [x for x, step in zip(rows, steps) if int(step) <= self.global_step]
         self.columns = header if kept else ""

@@ -220,7 +220,9 @@ class StackedMLP(nn.Module):
             x = x[..., self.windows]  # (P, rows, W, L)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = x.relu() if i else x
-            x = torch.baddbmm(bias, x.reshape(P, -1, weight.shape[1]), weight)  # (P, rows, n_out); windows: rows * W
+            x = torch.baddbmm(
+                bias, x.reshape(P, -1, weight.shape[1]), weight
+            )  # (P, rows, n_out) or (P, rows * W, n_out)
         return x.transpose(0, 1).reshape(*lead, x.shape[-1])
 
 
@@ -373,10 +375,10 @@ def empty_rollout(team, world, T, N):
 
 
 class TeamEnvironments:
-    """Those of the N environments that one process runs, and where they stand between two rollouts."""
+    """The n of the N environments that one process runs, and their state between two rollouts."""
 
     def __init__(self, args, part, old_team, noise, rollout, world=None):
-        self.part = part  # their slice of range(N), n of them
+        self.part = part  # their slice of range(N)
         self.old_team, self.noise, self.rollout = old_team, noise, rollout  # in memory that all processes share
         self.world = world or PettingZoo(args, part.stop - part.start)
         self.envs = getattr(self.world, "envs", ())  # there is nothing to close in a built-in world
@@ -476,27 +478,27 @@ def clipped_surrogate(ratio, advantage, clip_coef):
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
 
 
-def team_loss(team, batch, coef, norm_adv):
-    """-L(theta) on one minibatch, summed over learners, and a dict of scalars to log, averaged over learners. batch: of
-    make_team_batch, (M, ...). coef: the float flags by name, as tensors."""
-    weight = batch["alive"].reshape(-1, team.P)  # (rows, P): P = 1 learns from the samples of all agents alike
+def team_loss(team, minibatch, coef, norm_adv):
+    """-L(theta) on one minibatch, summed over learners, and a dict of scalars to log, averaged over learners. The
+    minibatch has rows of make_team_batch's batch (M, ...). coef: the float flags by name, as tensors."""
+    weight = minibatch["alive"].reshape(-1, team.P)  # (rows, P): P = 1 learns from the samples of all agents alike
     weight = weight / weight.sum(0).clamp(min=1)
 
     def mean(x):  # (M, G) -> (P,)
         return (weight * x.reshape(-1, team.P)).sum(0)
 
-    advantage = batch["advantage"]
+    advantage = minibatch["advantage"]
     if norm_adv:
         centred = advantage - mean(advantage)
         advantage = centred / (mean(centred.square()).sqrt() + 1e-8)  # (M, G)
 
-    policy = team.policy(batch["obs"], batch["legal"])
+    policy = team.policy(minibatch["obs"], minibatch["legal"])
     # A dead agent's ratio is set to 1: its weight 0 would not undo an overflow, as 0 * inf is nan.
-    log_ratio = (policy.log_prob(batch["action"]) - batch["logprob"]) * batch["alive"]  # (M, G)
+    log_ratio = (policy.log_prob(minibatch["action"]) - minibatch["logprob"]) * minibatch["alive"]  # (M, G)
     ratio = log_ratio.exp()
     policy_loss = -mean(clipped_surrogate(ratio, advantage, coef["clip_coef"]))
-    value = team.value(batch["obs"], batch.get("state"), batch["action"])
-    value_loss = mean((value - batch["return"]).square())
+    value = team.value(minibatch["obs"], minibatch.get("state"), minibatch["action"])
+    value_loss = mean((value - minibatch["return"]).square())
     entropy = mean(policy.entropy())
     loss = (policy_loss + coef["vf_coef"] * value_loss - coef["ent_coef"] * entropy).sum()
 
@@ -506,7 +508,7 @@ def team_loss(team, batch, coef, norm_adv):
     return loss, {key: x.mean() for key, x in logged.items()}
 
 
-def update_team(team, state, batch, coef, norm_adv):
+def update_team(team, state, minibatch, coef, norm_adv):
     """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, Algorithm 1) on a minibatch. state, here the optimiser's:
     all parameters as one vector, Adam's m and v, its step count t, the sums of what is logged. Returns the next state.
 
@@ -515,7 +517,7 @@ def update_team(team, state, batch, coef, norm_adv):
     """
 
     def loss(vector):
-        return functional_call(team, named_parts(team, vector), (team_loss, batch, coef, norm_adv))
+        return functional_call(team, named_parts(team, vector), (team_loss, minibatch, coef, norm_adv))
 
     grad, logged = gradient(loss, state["parameters"])
     parts = [x.flatten(1) for x in named_parts(team, grad).values()]  # (P, ...) each
@@ -1017,7 +1019,8 @@ class PettingZoo:
         env = self.envs[i]
         state = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
         if not np.isfinite(state).all():
-            raise RunFailed(f"state() returned {state}: not finite")
+            with np.printoptions(threshold=8):
+                raise RunFailed(f"state() returned {' '.join(str(state).split())}: not finite")
         view["state"] = state
         view["alive"] = np.array([name in env.agents for name in self.names], np.float32)
         self.views[i] = view
@@ -1365,7 +1368,7 @@ class Run(contextlib.ExitStack):
             self.csv.seek(0)
             header, *rows = self.csv.readlines() or [""]
             steps = [x.split(",")[0] for x in rows if x.endswith("\n")] if self.global_step else []
-            if header and not (header.startswith("global_step,") and all(map(str.isdigit, steps))):
+            if header and not (header.startswith("global_step,") and all(map(str.isdecimal, steps))):
                 raise UserError("progress.csv is not what this script wrote: move it away")
         kept = [x for x, step in zip(rows, steps) if int(step) <= self.global_step]
         self.columns = header if kept else ""

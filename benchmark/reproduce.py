@@ -12,8 +12,7 @@ STUDY.json says with which versions and on which machine; where it is missing, t
 stored is never run again, so a study can be carried from machine to machine; nor is a run that another study has
 already stored: it is copied. Let one process at a time run a study, since each writes the whole file. Runs of
 Stable-Baselines3 and sb3-contrib need the virtual environment that `benchmark/speed.py ppo` makes (.venv-sb3); broken
-ones begin again. A study runs on one machine: over a cluster it would need the launcher's slots, and more than thirty
-lines. `--envs` with a `--results` of its own divides it.
+ones begin again. A study runs on one machine; `--envs` with a `--results` of its own divides it.
 """
 
 import argparse

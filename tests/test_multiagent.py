@@ -547,20 +547,20 @@ def self_play(game, latest_prob=0.5, **more):
     return world, team, ma.Pool(args)
 
 
-def test_no_illegal_move_and_the_opponents_that_were_dealt():
+def test_no_illegal_move_and_the_opponents_that_were_set():
     """100 000 plies between a sharp policy and its pool: all legal; half of the opponents are the present policy."""
     world, team, pool = self_play(Referee(128, CPU))
     pool.measure = lambda *_: None
     team.actor.weights[-1].data *= 50
-    iteration, hand, seats, old = 0, [], [], 0
+    iteration, opponents, seats, old = 0, [], [], 0
 
     def checked_move(noise, original=world.opponents_move):
         nonlocal old
         (obs, legal), action = world.game.view(), original(noise)
         for n in range(0, 128, 7):
-            net = team.actor if n % 8 < 4 else hand[n % 8 - 4]
+            net = team.actor if n % 8 < 4 else opponents[n % 8 - 4]
             logits = net(obs[n].expand(1, 1, -1))[0, 0].masked_fill(~legal[n], -1e8)
-            assert action[n] == (logits + noise[n]).argmax(), "another opponent than the one that was dealt"
+            assert action[n] == (logits + noise[n]).argmax(), "another opponent than the one that was set"
             old += n % 8 >= 4 and not torch.equal(net.weights[0], team.actor.weights[0])
         return action
 
@@ -569,8 +569,8 @@ def test_no_illegal_move_and_the_opponents_that_were_dealt():
         pool.add(team, None, iteration)
         drawn = pool.draw(team, world.OPPONENTS)
         world.set_opponents(drawn)
-        hand = [ma.copy.deepcopy(team.actor) for _ in range(4)]
-        for net, actor in zip(hand, drawn[4:], strict=True):
+        opponents = [ma.copy.deepcopy(team.actor) for _ in range(4)]
+        for net, actor in zip(opponents, drawn[4:], strict=True):
             net.load_state_dict(actor)
         world.reset(torch.Generator())
         for _ in range(24):
@@ -633,7 +633,7 @@ def test_half_of_the_first_games_are_begun_by_the_opponent(opening_plies):
     assert torch.equal(stones - before, moved.long())
 
 
-def test_opponents_that_were_not_dealt_play_at_random():
+def test_opponents_that_were_not_set_play_at_random():
     world = self_play(ma.ConnectFour(7000, CPU))[0]
     world.game.restart(torch.ones(7000, dtype=torch.bool))
     counts = world.game.column(world.opponents_move(world.noise(1)[0])).bincount(minlength=7)
@@ -674,13 +674,13 @@ def test_measuring_a_pool_leaves_trainings_random_numbers_alone():
 
 
 def test_games_and_opponents_are_new_in_every_iteration(tmp_path, monkeypatch):
-    calls, deal, reset = [], ma.SelfPlay.set_opponents, ma.SelfPlay.reset
+    calls, choose, reset = [], ma.SelfPlay.set_opponents, ma.SelfPlay.reset
     monkeypatch.setattr(ma.Pool, "measure", lambda *_: None)  # which plays games of its own
-    monkeypatch.setattr(ma.SelfPlay, "set_opponents", lambda *x: calls.append("deal") or deal(*x))
+    monkeypatch.setattr(ma.SelfPlay, "set_opponents", lambda *x: calls.append("opponents") or choose(*x))
     monkeypatch.setattr(ma.SelfPlay, "reset", lambda *x: calls.append("reset") or reset(*x))
     flags = ["--algorithm", "selfplay", "--num-envs", 8, "--num-steps", 32, "--num-minibatches", 4, "--hidden-size", 16]
     train(tmp_path, *flags, "--total-timesteps", 256 * 3, "--checkpoint-every", 10_000)
-    assert calls == ["deal", "reset"] * 3
+    assert calls == ["opponents", "reset"] * 3
 
 
 class RockPaperScissors:
