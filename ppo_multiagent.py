@@ -33,7 +33,7 @@ cuts off; and an agent that leaves before the others gets no share of its team's
     python ppo_multiagent.py --env-id mpe2.simple_tag_v3 --team-reward none     # any PettingZoo parallel environment
     python ppo_multiagent.py --evaluate runs/simple_spread__ppo_multiagent__1__DATE
 
-What to expect on simple_spread with --total-timesteps 550000: a return, summed over agents, of -55 (random play: -80).
+What to expect on simple_spread with --total-timesteps 550000: a return, summed over agents, of -56 (random play: -80).
 Other projects count differently: docs/multiagent.md converts their scores, and says how well self-play plays.
 
 Shapes in comments: T steps, N environments, B = T*N samples, M of them in a minibatch, G agents, P learners (1 or G),

@@ -62,6 +62,22 @@ def ratio(a, b, group="ppo"):
     return statistics.median(one) / statistics.median(other)
 
 
+def test_cooperation():
+    found = {name: returns for (name, _), returns in plot.returns("spread", RESULTS).items()}
+    for name, text in (
+        ("MAPPO, V(s, a^-g)", "Seed by seed that gets {} more, which is no clear effect."),
+        ("IPPO", "after 550 000 steps IPPO gets {} more than MAPPO."),
+    ):
+        more = [x - found["MAPPO"][seed] for seed, x in found[name].items()]
+        assert len(more) == 10
+        more = f"{statistics.fmean(more):.1f} ± {statistics.stdev(more) / 10**0.5:.1f}"
+        assert text.format(more) in page("ppo_multiagent.md"), text.format(more)
+    end = f"{statistics.fmean(found['MAPPO'].values()):.0f}"
+    assert f"a return, summed over agents, of {end} (random play" in page("ppo_multiagent.py")
+    wide = float(spread("spread-10M", "MAPPO, width 128", "simple_spread, 10,000,000 steps").split()[0])
+    assert f"take simple_spread from {end} to {wide:.0f}." in page("ppo_multiagent.md")
+
+
 def test_single_runs():
     """What was tried with trpo_continuous.py on a few seeds."""
     found = {}
