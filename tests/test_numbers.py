@@ -146,6 +146,22 @@ def test_speed():
     assert f"the CPU alone is faster at minibatches of 64 ({loop:.0f} µs)" in page("speed.md")
 
 
+def test_the_rows_of_the_cpus_tables():
+    lines, seen = (ROOT / "docs/speed.md").read_text().splitlines(), 0
+    for group in ("ppo", "trpo", "teams"):
+        found = stored(f"speed_{group}")
+        baseline = statistics.median(run["sps"] for run in next(iter(found.values())))
+        for name, runs in found.items():
+            sps = [run["sps"] for run in runs]
+            cells = [name, f"{statistics.median(sps):.0f}", f"{min(sps):.0f}-{max(sps):.0f}"]
+            cells += [f"{statistics.median(sps) / baseline:.2f}"] if group != "teams" else []
+            row = next((line for line in lines if line.startswith(f"| {name} |")), None)
+            if row and not (group == "trpo" and name.startswith("bare")):  # the page has it once
+                seen += 1
+                assert row.startswith(f"| {' | '.join(cells)} |"), row
+    assert seen >= 10
+
+
 def test_the_gpu_table():
     """Against the notes of the runs: a number a cell, rounded as it is there."""
     notes, text = (RESULTS / "gpu_h100.txt").read_text(), page("speed.md").replace("**", "")
