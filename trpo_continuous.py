@@ -51,9 +51,8 @@ Departures from the paper:
   al. 2020). Advantages are normalised over the batch.
 - A run has 489 iterations of 8 environments x 256 steps. The paper had 200, of 50 000 steps and more. In so short a
   run its max_kl of 0.01 is a little slow: here it is 0.02.
-- gamma is 0.995, as in the first author's code. With the paper's 0.99 Hopper runs faster and falls sooner: 1884 on
-  average of five seeds, not 3072 of ten (but Walker2d 3648, not 3087). The five are runs of an older script; with this
-  one four other seeds averaged 2450.
+- gamma is 0.995, as in the first author's code. With the paper's 0.99 a run on Hopper ends at 2448 on average of five
+  seeds, not 3072 of ten (but Walker2d 3331, not 3087).
 
     python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: about two minutes
     python trpo_continuous.py --kl-constraint max --max-kl 0.2                # bounds the largest KL, not the mean
