@@ -982,8 +982,8 @@ class Run(contextlib.ExitStack):
         say(f"{args.env_id}, seed {args.seed}, run folder {self.dir}")
         limit = getattr(gym.registry.get(args.env_id.split(":")[-1]), "max_episode_steps", None) or 0
         if args.checkpoint_every < 4 * args.num_envs * limit:
-            steps = max(args.checkpoint_every // args.num_envs, args.num_steps)
-            say(f"checkpoints cut off all episodes every {steps} steps, so few long ones count: see --checkpoint-every")
+            apart = max(args.checkpoint_every // args.num_envs, args.num_steps)
+            say(f"checkpoints cut off all episodes every {apart} steps, so few long ones count: see --checkpoint-every")
         if args.compile:
             say("compiling in the first iteration: some 15 s, or 4 s if it was compiled before")
         if not (self.dir / "checkpoint.pt").exists():
