@@ -138,8 +138,15 @@ class RunningMeanStd(nn.Module):
             self.register_buffer(name, x.double())
         self.register_buffer("inv_std", self.var.clone())
 
-    def update(self, x):
-        """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule."""
+    @torch.no_grad()
+    def update(self, x, readers=()):
+        """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
+
+        New statistics give every state other inputs. A policy that reads them would move, unseen by any clip or bound
+        on the KL, and that is enough to lose a solved task (docs/results.md). So readers, the weights (H, D) and biases
+        (H,) of first layers, change such that all answers stay: W' (s - m') / d' + b' = W (s - m) / d + b. Only the
+        first rows, before anything is learned, set the scale."""
+        first, old_mean, old_inv_std = self.count == 0, self.mean.clone(), self.inv_std.clone()
         x, n = x.to(self.mean), len(x)
         total, delta = self.count + n, x.mean(0) - self.mean
         m2 = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
@@ -148,6 +155,9 @@ class RunningMeanStd(nn.Module):
         self.count.copy_(total)
         varies = self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
         self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
+        for weight, bias in () if first else readers:
+            bias += weight @ ((self.mean - old_mean) * old_inv_std).float()
+            weight *= (old_inv_std / self.inv_std).float()
 
     def forward(self, x):
         return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
@@ -215,7 +225,8 @@ class Agent(nn.Module):
 
     def update_statistics(self, rollout):
         """Let a rollout's observations and discounted returns (T, N, ...) enter the running statistics."""
-        self.obs_rms.update(rollout["obs"].flatten(0, 1))
+        first_layers = [(network[0].weight, network[0].bias) for network in (self.actor, self.critic)]
+        self.obs_rms.update(rollout["obs"].flatten(0, 1), first_layers)
         self.return_rms.update(rollout["discounted_return"].flatten())
 
     def forward(self, function, *args):
