@@ -134,30 +134,27 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, *shape):
         super().__init__()
-        for name, x in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("count", torch.zeros(()))):
+        for name, x in (("mean", torch.zeros(shape)), ("var", torch.zeros(shape)), ("count", torch.zeros(()))):
             self.register_buffer(name, x.double())
-        self.register_buffer("inv_std", self.var.clone())
+        self.register_buffer("inv_std", torch.ones_like(self.var))
 
-    @torch.no_grad()
-    def update(self, x, readers=()):
+    def varies(self):
+        return self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
+
+    def update(self, x, shrink=True):
         """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
 
-        New statistics give every state other inputs. A policy that reads them would move, unseen by any clip or bound
-        on the KL, and that is enough to lose a solved task (docs/results.md). So readers, the weights (H, D) and biases
-        (H,) of first layers, change such that all answers stay: W' (s - m') / d' + b' = W (s - m) / d + b. Only the
-        first rows, before anything is learned, set the scale."""
-        first, old_mean, old_inv_std = self.count == 0, self.mean.clone(), self.inv_std.clone()
+        shrink=False, for what a policy sees: the standard deviation by which x is divided never falls. A policy that
+        balances a pole ever better would else be shown the same tilt as an ever larger number, answer it more and more
+        violently, and lose what it had learned (docs/results.md), unseen by any clip or bound on the KL."""
+        limit = math.inf if shrink else self.inv_std.where(self.varies(), math.inf)
         x, n = x.to(self.mean), len(x)
         total, delta = self.count + n, x.mean(0) - self.mean
         m2 = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
-        self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
-        for weight, bias in () if first else readers:
-            bias += weight @ ((self.mean - old_mean) * old_inv_std).float()
-            weight *= (old_inv_std / self.inv_std).float()
+        self.inv_std.copy_(torch.where(self.varies(), self.var, 1.0).rsqrt().clamp(max=limit))
 
     def forward(self, x):
         return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
@@ -225,8 +222,7 @@ class Agent(nn.Module):
 
     def update_statistics(self, rollout):
         """Let a rollout's observations and discounted returns (T, N, ...) enter the running statistics."""
-        first_layers = [(network[0].weight, network[0].bias) for network in (self.actor, self.critic)]
-        self.obs_rms.update(rollout["obs"].flatten(0, 1), first_layers)
+        self.obs_rms.update(rollout["obs"].flatten(0, 1), shrink=False)
         self.return_rms.update(rollout["discounted_return"].flatten())
 
     def forward(self, function, *args):

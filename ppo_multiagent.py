@@ -172,30 +172,27 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, *shape):
         super().__init__()
-        for name, x in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("count", torch.zeros(()))):
+        for name, x in (("mean", torch.zeros(shape)), ("var", torch.zeros(shape)), ("count", torch.zeros(()))):
             self.register_buffer(name, x.double())
-        self.register_buffer("inv_std", self.var.clone())
+        self.register_buffer("inv_std", torch.ones_like(self.var))
 
-    @torch.no_grad()
-    def update(self, x, readers=()):
+    def varies(self):
+        return self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
+
+    def update(self, x, shrink=True):
         """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
 
-        New statistics give every state other inputs. A policy that reads them would move, unseen by any clip or bound
-        on the KL, and that is enough to lose a solved task (docs/results.md). So readers, the weights (H, D) and biases
-        (H,) of first layers, change such that all answers stay: W' (s - m') / d' + b' = W (s - m) / d + b. Only the
-        first rows, before anything is learned, set the scale."""
-        first, old_mean, old_inv_std = self.count == 0, self.mean.clone(), self.inv_std.clone()
+        shrink=False, for what a policy sees: the standard deviation by which x is divided never falls. A policy that
+        balances a pole ever better would else be shown the same tilt as an ever larger number, answer it more and more
+        violently, and lose what it had learned (docs/results.md), unseen by any clip or bound on the KL."""
+        limit = math.inf if shrink else self.inv_std.where(self.varies(), math.inf)
         x, n = x.to(self.mean), len(x)
         total, delta = self.count + n, x.mean(0) - self.mean
         m2 = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        varies = self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
-        self.inv_std.copy_(torch.where(varies, self.var, 1.0).rsqrt())
-        for weight, bias in () if first else readers:
-            bias += weight @ ((self.mean - old_mean) * old_inv_std).float()
-            weight *= (old_inv_std / self.inv_std).float()
+        self.inv_std.copy_(torch.where(self.varies(), self.var, 1.0).rsqrt().clamp(max=limit))
 
     def forward(self, x):
         return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
@@ -222,10 +219,6 @@ class StackedMLP(nn.Module):
             self.biases.append(torch.zeros(P, 1, n_out))
             for weight in self.weights[-1]:
                 nn.init.orthogonal_(weight, gain)
-
-    def first_layer(self, p, D):
-        """What network p does with its first D inputs: views of a weight (H, D) and a bias (H,)."""
-        return self.weights[0][p, :D].T, self.biases[0][p, 0]
 
     def forward(self, x):
         P, lead = len(self.weights[0]), x.shape[:-1]
@@ -351,16 +344,13 @@ class Team(nn.Module):
         them, and it grows even more."""
         old_mean, old_std = (x.view(-1, 1, 1) for x in self.value_scale())
         chunks = (x.chunk(self.P, 2) for x in (rollout["alive"] > 0, returns, rollout["obs"]))
-        readers = [self.actor, self.critic] if self.critic_sees == "obs" else [self.actor]
         for p, (alive, returns_p, obs_p) in enumerate(zip(*chunks)):
             if alive.any():
                 self.value_rms[p].update(returns_p[alive])
                 if self.obs_rms:
-                    D = obs_p.shape[-1]  # an agent's id may follow
-                    self.obs_rms[p].update(obs_p[alive], [x.first_layer(p, D) for x in readers])
+                    self.obs_rms[p].update(obs_p[alive], shrink=False)
         if self.state_rms and "state" in rollout:
-            state = rollout["state"].flatten(0, 1)
-            self.state_rms[0].update(state, [self.critic.first_layer(p, state.shape[-1]) for p in range(self.P)])
+            self.state_rms[0].update(rollout["state"].flatten(0, 1), shrink=False)
         mean, std = (x.view(-1, 1, 1) for x in self.value_scale())
         weight, bias = self.critic.weights[-1], self.critic.biases[-1]
         weight.mul_(old_std / std)

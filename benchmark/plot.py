@@ -3,6 +3,7 @@
     python benchmark/plot.py v4                 # a study of reproduce.py: its table (STUDY.md) and figure (STUDY.png)
     python benchmark/plot.py learning-curves    # the figure of the first page
     python benchmark/plot.py klpen-beta         # KL and beta of ppo_klpen.py over a run
+    python benchmark/plot.py statistics         # what running statistics alone do to a policy
     python benchmark/plot.py notes              # one TRPO step, by the scripts' own functions (a minute)
     python benchmark/plot.py pbt                # Population Based Training against random search
     python benchmark/plot.py selfplay           # how strong self-play is, and what each of its parts does
@@ -253,6 +254,34 @@ def klpen_beta():
         print(f"{name}: median KL over the run's second half {median:.4f}")
 
 
+def statistics_runs(quantity):
+    """{(scale, seed): an array over rollouts} of falls or kl: see reproduce.statistics_alone"""
+    runs = {}
+    for row in csv_rows(RESULTS / "statistics.csv.gz"):
+        runs.setdefault((row["scale"], int(row["seed"])), []).append(float(row[quantity]))
+    return {key: np.array(values) for key, values in runs.items()}
+
+
+def statistics_alone():
+    """A solved policy that nobody trains any more, while its running statistics go on: falls, and the KL between the
+    policy before and after each rollout's statistics. Thin: one seed; thick: the median."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    ways = {"shrinking": ("C3", "the scale may shrink"), "kept": ("C0", "the scale never shrinks (the scripts)")}
+    for axis, quantity in zip(axes, ("falls", "kl"), strict=True):
+        runs = statistics_runs(quantity)
+        for way, (colour, label) in ways.items():
+            curves = np.array([run for (scale, _), run in runs.items() if scale == way])
+            axis.plot(np.arange(1, 151), curves.T, colour, lw=0.5, alpha=0.5)
+            axis.plot(np.arange(1, 151), np.median(curves, 0), colour, lw=2.5, label=label)
+        axis.set(xlabel="rollouts of 2048 steps since the last one that was learned from")
+    axes[0].set(yscale="symlog", ylim=(-0.2, None), ylabel="falls in a rollout")
+    axes[1].axhline(0.02, color="k", ls="--", lw=1, label="--max-kl, the bound on a step of TRPO")
+    axes[1].set(yscale="log", ylim=(1e-6, 0.1), ylabel="KL(before||after) of the statistics, nats")
+    for axis in axes:
+        axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "statistics.png", dpi=100)
+
+
 def learning_curves():
     """The first page's figure: the three scripts and Stable-Baselines3's PPO, mean and standard error over seeds. The
     marks at the right edge are where the PPO paper's curves end."""
@@ -437,6 +466,7 @@ def selfplay(results):
 
 def main():
     names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film, "runs": runs}
+    names["statistics"] = statistics_alone
     tables = {"pbt": populations, "selfplay": selfplay}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*names, *STUDIES, *tables], metavar="NAME", help="what to draw: see above")

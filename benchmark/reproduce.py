@@ -4,6 +4,7 @@
     python benchmark/reproduce.py ppo-table1 --workers 2   # runs what is missing; it can be stopped at any moment
     python benchmark/reproduce.py v4 --fresh               # evaluates finished runs: STUDY.fresh.csv
     python benchmark/reproduce.py pbt --workers 2          # Population Based Training against random search
+    python benchmark/reproduce.py statistics               # what running statistics alone do to a policy: ten minutes
     python benchmark/plot.py ppo-table1                    # the table and the figure, from the stored data
 
 A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv.gz gets a run's
@@ -461,9 +462,48 @@ def comparison(env, steps, repetition, slots, folder):
     return row
 
 
+# ---- running statistics ----------------------------------------------------------------------------------------------
+
+
+def statistics_alone(results, folder, seeds):
+    """Is it enough to lose a solved task that the running statistics go on? trpo_continuous.py solves InvertedPendulum
+    in 61,440 steps. From then on nothing learns: the policy acts for 150 rollouts, each of which enters the statistics,
+    once as the scripts do it, and once so that the scale of what the policy sees may shrink, as is usual."""
+    import torch
+    from torch.distributions import kl_divergence
+
+    import trpo_continuous as trpo
+
+    torch.set_num_threads(1)
+    rows = []
+    for seed in range(1, seeds + 1):
+        run = folder / f"statistics/{seed}"
+        flags = ["--seed", seed, "--num-workers", 0, "--stop-at-step", 61_440, "--run-dir", run]
+        if not (run / "checkpoint.pt").exists():
+            output(ROOT / "trpo_continuous.py", "--env-id", "InvertedPendulum-v4", *flags)
+        args = trpo.parse_args(["--resume", str(run), "--num-workers", "0"])
+        env = trpo.make_env(args.env_id)
+        agent = trpo.Agent(env.observation_space.shape[0], env.action_space)
+        for scale in ("kept", "shrinking"):
+            trpo.load_checkpoint(run, args.env_id, agent)
+            with trpo.Actors(args, agent) as actors, torch.no_grad():
+                for rollout_number in tqdm(range(1, 151), desc=f"seed {seed}, scale {scale}"):
+                    rollout = actors.collect(agent, seed=(seed, 61_440) if rollout_number == 1 else None)
+                    before = agent.policy(agent.obs_rms(rollout["obs"]))
+                    agent.obs_rms.update(rollout["obs"].flatten(0, 1), shrink=scale == "shrinking")
+                    kl = kl_divergence(before, agent.policy(agent.obs_rms(rollout["obs"]))).mean().item()
+                    row = {"scale": scale, "seed": seed, "rollout": rollout_number}
+                    rows.append(row | {"falls": int(rollout["terminated"].sum()), "kl": f"{kl:.3g}"})
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(results / "statistics.csv.gz", gzip.compress(table.getvalue().encode(), mtime=0))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=[*STUDIES, "pbt"])
+    parser.add_argument("study", nargs="?", choices=[*STUDIES, "pbt", "statistics"])
     parser.add_argument("--fresh", action="store_true", help="evaluate the finished runs: 50 new episodes, twice")
     parser.add_argument("--list", action="store_true", help="name the studies and stop")
     parser.add_argument("--workers", type=int, default=1)
@@ -485,6 +525,9 @@ def main():
     if args.study == "pbt":
         for env in args.envs or ("Hopper-v4", "Walker2d-v4"):
             populations(env, args.steps or 1_000_000, args.seeds or 5, args.workers, args.results, args.run_dir / "pbt")
+        return 0
+    if args.study == "statistics":
+        statistics_alone(args.results, args.run_dir, args.seeds or 8)
         return 0
     if args.steps not in (None, STUDIES[args.study].steps) and args.results == parser.get_default("results"):
         parser.error("--steps makes other runs than the stored ones: give --results a folder of its own")

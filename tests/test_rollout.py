@@ -153,6 +153,23 @@ def test_the_first_rollout_sets_the_scale_without_moving_the_policy():
     assert torch.distributions.kl_divergence(raw, scaled).max() < 1e-3  # the last layer of a new policy is small
 
 
+def test_what_a_policy_sees_never_gets_larger(script):
+    """Observations that keep closer together are divided by what they were divided by before; wider ones by more. The
+    statistics themselves are exact, and the rewards' scale may fall."""
+    agent = script.Agent(2, gym.spaces.Box(-2, 2, (1,)))
+    seen, scales = [], []
+    for spread in (1.0, 0.01, 5.0, 0.01):
+        obs = torch.randn(T, N, 2) * torch.tensor([spread, 1e-3 * bool(seen)])  # the second is constant at first
+        agent.update_statistics({"obs": obs, "discounted_return": spread * torch.randn(T, N)})
+        seen.append(obs.flatten(0, 1).double())
+        torch.testing.assert_close(agent.obs_rms.var, torch.cat(seen).var(0, correction=0))
+        scales.append(1 / agent.obs_rms.inv_std)
+    (a, first), (b, second), (c, _), (d, _) = scales
+    assert a == b == pytest.approx(seen[0][:, 0].std(correction=0).item()) and first == 1 and 2e-4 < second < 2e-3
+    assert c == d == pytest.approx(torch.cat(seen[:3])[:, 0].std(correction=0).item())
+    assert agent.return_rms.inv_std.item() == pytest.approx(agent.return_rms.var.rsqrt().item())
+
+
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Reacher-v4"])
 def test_the_camera_goes_along_with_a_body_that_walks(env_id, script):
     env = script.make_env(env_id, render_mode="rgb_array")
