@@ -172,30 +172,34 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, *shape):
         super().__init__()
-        for name, x in (("mean", torch.zeros(shape)), ("var", torch.zeros(shape)), ("count", torch.zeros(()))):
-            self.register_buffer(name, x.double())
+        self.register_buffer("count", torch.zeros((), dtype=torch.double))
+        for name in ("mean", "var", "center"):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.double))
         self.register_buffer("inv_std", torch.ones_like(self.var))
 
     def varies(self):
         return self.var > 1e-12 * self.mean**2 + 1e-20  # less is rounding: a constant is not divided by it
 
-    def update(self, x, shrink=True):
+    def update(self, x, steady=False):
         """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
 
-        shrink=False, for what a policy sees: the standard deviation by which x is divided never falls. A policy that
-        balances a pole ever better would else be shown the same tilt as an ever larger number, answer it more and more
-        violently, and lose what it had learned (docs/results.md), unseen by any clip or bound on the KL."""
-        limit = math.inf if shrink else self.inv_std.where(self.varies(), math.inf)
+        steady, for what a policy sees: 0 stays at the mean of the first rows, and the unit never gets smaller. Else a
+        policy that balances a pole ever better is shown the same tilt as an ever larger number, answers it more and
+        more violently, and loses the pole (docs/results.md). No clip and no bound on the KL sees that: no step was
+        taken."""
+        first, largest = self.count == 0, self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
         total, delta = self.count + n, x.mean(0) - self.mean
         m2 = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
         self.mean.add_(delta * n / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
-        self.inv_std.copy_(torch.where(self.varies(), self.var, 1.0).rsqrt().clamp(max=limit))
+        self.inv_std.copy_(torch.where(self.varies(), self.var, 1.0).rsqrt().clamp(max=largest))
+        if first or not steady:
+            self.center.copy_(self.mean)
 
     def forward(self, x):
-        return ((x - self.mean) * self.inv_std).clamp(-10, 10).float()
+        return ((x - self.center) * self.inv_std).clamp(-10, 10).float()
 
 
 class StackedMLP(nn.Module):
@@ -348,9 +352,9 @@ class Team(nn.Module):
             if alive.any():
                 self.value_rms[p].update(returns_p[alive])
                 if self.obs_rms:
-                    self.obs_rms[p].update(obs_p[alive], shrink=False)
+                    self.obs_rms[p].update(obs_p[alive], steady=True)
         if self.state_rms and "state" in rollout:
-            self.state_rms[0].update(rollout["state"].flatten(0, 1), shrink=False)
+            self.state_rms[0].update(rollout["state"].flatten(0, 1), steady=True)
         mean, std = (x.view(-1, 1, 1) for x in self.value_scale())
         weight, bias = self.critic.weights[-1], self.critic.biases[-1]
         weight.mul_(old_std / std)

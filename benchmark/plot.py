@@ -255,10 +255,10 @@ def klpen_beta():
 
 
 def statistics_runs(quantity):
-    """{(scale, seed): an array over rollouts} of falls or kl: see reproduce.statistics_alone"""
+    """{(way, seed): an array over rollouts} of falls or kl: see reproduce.statistics_alone"""
     runs = {}
     for row in csv_rows(RESULTS / "statistics.csv.gz"):
-        runs.setdefault((row["scale"], int(row["seed"])), []).append(float(row[quantity]))
+        runs.setdefault((row["way"], int(row["seed"])), []).append(float(row[quantity]))
     return {key: np.array(values) for key, values in runs.items()}
 
 
@@ -266,11 +266,10 @@ def statistics_alone():
     """A solved policy that nobody trains any more, while its running statistics go on: falls, and the KL between the
     policy before and after each rollout's statistics. Thin: one seed; thick: the median."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    ways = {"shrinking": ("C3", "the scale may shrink"), "kept": ("C0", "the scale never shrinks (the scripts)")}
+    ways = {"usual": ("C3", "as is usual: mean and variance of all so far"), "steady": ("C0", "steady (the scripts)")}
     for axis, quantity in zip(axes, ("falls", "kl"), strict=True):
-        runs = statistics_runs(quantity)
         for way, (colour, label) in ways.items():
-            curves = np.array([run for (scale, _), run in runs.items() if scale == way])
+            curves = np.array([run for key, run in statistics_runs(quantity).items() if key[0] == way])
             axis.plot(np.arange(1, 151), curves.T, colour, lw=0.5, alpha=0.5)
             axis.plot(np.arange(1, 151), np.median(curves, 0), colour, lw=2.5, label=label)
         axis.set(xlabel="rollouts of 2048 steps since the last one that was learned from")

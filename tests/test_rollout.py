@@ -1,5 +1,7 @@
 """The real rollout code, row by row, against an environment whose observations tell where they come from."""
 
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -153,21 +155,22 @@ def test_the_first_rollout_sets_the_scale_without_moving_the_policy():
     assert torch.distributions.kl_divergence(raw, scaled).max() < 1e-3  # the last layer of a new policy is small
 
 
-def test_what_a_policy_sees_never_gets_larger(script):
-    """Observations that keep closer together are divided by what they were divided by before; wider ones by more. The
-    statistics themselves are exact, and the rewards' scale may fall."""
-    agent = script.Agent(2, gym.spaces.Box(-2, 2, (1,)))
-    seen, scales = [], []
+def test_what_a_policy_sees_is_steady(script):
+    """Its 0 is where the first rollout was, and its unit never gets smaller, once there is one: the second observation
+    is constant at first. The statistics themselves are exact, and the rewards' unit may shrink."""
+    agent, seen, found = script.Agent(2, gym.spaces.Box(-2, 2, (1,))), [], []
     for spread in (1.0, 0.01, 5.0, 0.01):
-        obs = torch.randn(T, N, 2) * torch.tensor([spread, 1e-3 * bool(seen)])  # the second is constant at first
+        obs = torch.randn(T, N, 2) * torch.tensor([spread, 1e-3 * bool(seen)]) + spread
         agent.update_statistics({"obs": obs, "discounted_return": spread * torch.randn(T, N)})
         seen.append(obs.flatten(0, 1).double())
+        torch.testing.assert_close(agent.obs_rms.mean, torch.cat(seen).mean(0))
         torch.testing.assert_close(agent.obs_rms.var, torch.cat(seen).var(0, correction=0))
-        scales.append(1 / agent.obs_rms.inv_std)
-    (a, first), (b, second), (c, _), (d, _) = scales
-    assert a == b == pytest.approx(seen[0][:, 0].std(correction=0).item()) and first == 1 and 2e-4 < second < 2e-3
-    assert c == d == pytest.approx(torch.cat(seen[:3])[:, 0].std(correction=0).item())
+        found.append(agent.obs_rms(torch.tensor([[1.5, 1.0]]))[0].tolist())
     assert agent.return_rms.inv_std.item() == pytest.approx(agent.return_rms.var.rsqrt().item())
+    largest = [torch.cat(seen[:k]).std(0, correction=0).tolist() for k in (1, 2, 3)]
+    zero, second = seen[0][:, 0].mean().item(), [largest[0][0], max(x[0] for x in largest[:2]), *[largest[2][0]] * 2]
+    assert [x for x, _ in found] == pytest.approx([(1.5 - zero) / unit for unit in second], rel=1e-4)
+    assert [y for _, y in found] == [0, 0, 0, 0] and largest[0][1] == 0 < agent.obs_rms.inv_std[1] < math.inf
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Reacher-v4"])

@@ -126,10 +126,10 @@ DISCRETE_ENV = "toy_envs:RewardFromObs-v0"
 RUNS = [
     ("ppo_clip", {}),
     ("ppo_clip", {"lr_schedule": "constant", "norm_adv": False, "ent_coef": 0.05, "env_id": DISCRETE_ENV}),
-    ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.004}),
+    ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.002}),
     ("ppo_clip", {"target_kl": 0.003, "update_epochs": 4}),
     ("ppo_klpen", {}),
-    ("ppo_klpen", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.004, "kl_target": 0.003}),
+    ("ppo_klpen", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.002, "kl_target": 0.001}),
     ("ppo_klpen", {"lr_schedule": "constant", "beta_schedule": "fixed", "beta_init": 2.0, "norm_adv": False}),
     ("trpo_continuous", {}),
     ("trpo_continuous", {"norm_adv": False, "kl_constraint": "max", "cg_iters": 3}),
