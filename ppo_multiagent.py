@@ -112,7 +112,7 @@ class Args:
     critic_input: Literal["state", "state-actions"] = "state"  # mappo: V(s, g), or V(s, a^-g) with the others' actions
     team_reward: Literal["sum", "mean", "none"] = "sum"  # each gets the sum or mean of all rewards; none: its own
     hidden_size: int = 64  # width of the two hidden layers
-    norm_obs: bool = True  # scale observations and states by running statistics
+    norm_obs: bool = True  # bring observations and states to about size 1, by running statistics
 
     learning_rate: float = 7e-4  # Adam's step size
     lr_schedule: Literal["linear", "constant"] = "linear"  # linear: to 0 over the run
@@ -167,8 +167,8 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far. Networks learn best from numbers of about size 1, and nobody knows an
-    environment's sizes beforehand. The statistics are buffers of the agent, so they are saved with its weights."""
+    """Networks learn best from numbers of about size 1, and nobody knows an environment's sizes beforehand. So this
+    keeps mean and variance of all rows seen so far, as buffers of the agent, which are saved with its weights."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -183,11 +183,12 @@ class RunningMeanStd(nn.Module):
     def update(self, x, steady=False):
         """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
 
-        steady, for what a policy sees: 0 stays at the mean of the first rows, and the unit never gets smaller. Else a
-        policy that balances a pole ever better is shown the same tilt as an ever larger number, answers it more and
-        more violently, and loses the pole (docs/results.md). No clip and no bound on the KL sees that: no step was
-        taken."""
-        first, largest = self.count == 0, self.inv_std.where(self.varies(), math.inf) if steady else math.inf
+        Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
+        KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
+        overreacts and loses the pole (docs/results.md). steady, for what a policy sees: 0 stays at the mean of the
+        first rows, and the unit, once there is one, never gets smaller."""
+        first = self.count == 0
+        largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
         total, delta = self.count + n, x.mean(0) - self.mean
         m2 = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
@@ -195,7 +196,7 @@ class RunningMeanStd(nn.Module):
         self.var.copy_(m2 / total)
         self.count.copy_(total)
         self.inv_std.copy_(torch.where(self.varies(), self.var, 1.0).rsqrt().clamp(max=largest))
-        if first or not steady:
+        if not steady or first:
             self.center.copy_(self.mean)
 
     def forward(self, x):

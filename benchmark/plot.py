@@ -266,7 +266,10 @@ def statistics_alone():
     """A solved policy that nobody trains any more, while its running statistics go on: falls, and the KL between the
     policy before and after each rollout's statistics. Thin: one seed; thick: the median."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    ways = {"usual": ("C3", "as is usual: mean and variance of all so far"), "steady": ("C0", "steady (the scripts)")}
+    ways = {
+        "usual": ("C3", "usual: mean and variance of all so far"),
+        "steady": ("C0", "steady: 0 stays, the unit never shrinks"),
+    }
     for axis, quantity in zip(axes, ("falls", "kl"), strict=True):
         for way, (colour, label) in ways.items():
             curves = np.array([run for key, run in statistics_runs(quantity).items() if key[0] == way])

@@ -8,6 +8,7 @@ import json
 import re
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -78,27 +79,51 @@ def test_cooperation():
     assert f"take simple_spread from {end} to {wide:.0f}." in page("ppo_multiagent.md")
 
 
-def test_single_runs():
-    """What was tried with trpo_continuous.py on a few seeds."""
+def single_runs():
+    """{(what, env): returns} of what was tried on a few seeds."""
     found = {}
     with open(RESULTS / "single_runs.csv") as file:
         for row in csv.DictReader(file):
             found.setdefault((row["what"], row["env"]), []).append(float(row["episodic_return"]))
-    text = {key: [f"{x:.0f}" for x in values] for key, values in found.items()}
-    double, single, hopper = "InvertedDoublePendulum-v4", "InvertedPendulum-v4", "Hopper-v4"
-    for what, env, sentence in (
-        ("gamma 0.99", double, "With `--gamma 0.99` it ended at {}, {} and {} (seeds 1 to 3)."),
-        ("sb3-contrib's bound and gamma", double, "With both of these ours ended at {} and {} (seeds 1, 2)"),
-        ("a bound that falls linearly", double, "falls linearly to 0 it ended at {}, {} and {} (seeds 101 to 103)"),
-        ("the constant bound", double, "with the constant bound, at {} and {} (seeds 101 and 102)"),
-        ("statistics frozen after 100 000 steps", double, "it ended at {} and {} (seeds 101 and 102)."),
-        ("no checkpoints", single, "`--checkpoint-every 2000000`) InvertedPendulum ended at {}, {} and {},"),
-        ("two environments", single, "two environments of 1024 steps at {}, {} and {} (seeds 1 to 3)"),
-        ("gamma 0.99", hopper, "its seeds 101 to 104 ended at {}, {}, {} and {}, {mean} on average."),
-        ("sb3-contrib's step", hopper, "they ended at {}, {}, {} and {}, {mean} on average."),
+    return found
+
+
+def test_single_runs():
+    for what, sentence in (
+        ("gamma 0.99", "its seeds 101 to 104 ended at {}, {}, {} and {}, {mean} on average."),
+        ("sb3-contrib's step", "they ended at {}, {}, {} and {}, {mean} on average."),
     ):
-        average = f"{statistics.fmean(found[what, env]):.0f}"
-        assert sentence.format(*text[what, env], mean=average) in page("results.md"), what
+        returns = single_runs()[what, "Hopper-v4"]
+        text = sentence.format(*(f"{x:.0f}" for x in returns), mean=f"{statistics.fmean(returns):.0f}")
+        assert text in page("results.md"), what
+
+
+def test_a_solved_pendulum():
+    """What the statistics do to a policy that nobody trains, and steps of several lengths to a solved one."""
+    falls, kl = plot.statistics_runs("falls"), plot.statistics_runs("kl")
+    usual, steady = ([x for (way, _), x in falls.items() if way == name] for name in ("usual", "steady"))
+    after = [np.flatnonzero(x >= 8)[0] + 1 for x in usual if x.max() >= 8]
+    text = f"{len(after)} of the {len(usual)} policies lose the pole: they fall eight times or more in one rollout,"
+    text += f" the first after {min(after)} rollouts, the last after {max(after)}. All in all they fall"
+    text += f" {sum(map(sum, usual)):.0f} times, with a steady 0 and unit {sum(map(sum, steady)):.0f} times."
+    largest = max(x.max() for (way, _), x in kl.items() if way == "usual")
+    text += f" One rollout's statistics moved a policy by up to {largest:.3f} nats; a step of TRPO may move it by 0.02."
+    assert text in page("results.md"), text
+    for what in ("the same bound, 0.02", "a tenth of it, 0.002", "no step at all", "0.02, and random advantages"):
+        returns = ", ".join(f"{x:.0f}" for x in single_runs()[what, "InvertedDoublePendulum-v4"])
+        assert f" | {returns} |" in page("results.md"), what
+
+
+def test_before_the_normaliser_was_steady():
+    """The same seeds of v4 with both."""
+    for setting in plot.STUDIES["v4"].settings:
+        cells = []
+        for env in plot.STUDIES["v4"].envs:
+            before, now = (plot.returns(study, RESULTS)[setting.name, env] for study in ("v4", "v4-steady"))
+            more = [x - before[seed] for seed, x in now.items()]
+            cells.append(f"{statistics.fmean(more):.0f} ± {statistics.stdev(more) / len(more) ** 0.5:.0f}")
+        assert f"| {setting.name} | {' | '.join(cells)} |" in page("results.md"), (setting.name, cells)
+    assert f"over {len(now)} seeds of v4" in page("results.md")
 
 
 def test_a_learning_rate_that_follows_the_kl():

@@ -1,7 +1,5 @@
 """The real rollout code, row by row, against an environment whose observations tell where they come from."""
 
-import math
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -156,7 +154,7 @@ def test_the_first_rollout_sets_the_scale_without_moving_the_policy():
 
 
 def test_what_a_policy_sees_is_steady(script):
-    """Its 0 is where the first rollout was, and its unit never gets smaller, once there is one: the second observation
+    """Its 0 is the first rollout's mean, and its unit never gets smaller, once there is one: the second observation
     is constant at first. The statistics themselves are exact, and the rewards' unit may shrink."""
     agent, seen, found = script.Agent(2, gym.spaces.Box(-2, 2, (1,))), [], []
     for spread in (1.0, 0.01, 5.0, 0.01):
@@ -165,12 +163,17 @@ def test_what_a_policy_sees_is_steady(script):
         seen.append(obs.flatten(0, 1).double())
         torch.testing.assert_close(agent.obs_rms.mean, torch.cat(seen).mean(0))
         torch.testing.assert_close(agent.obs_rms.var, torch.cat(seen).var(0, correction=0))
-        found.append(agent.obs_rms(torch.tensor([[1.5, 1.0]]))[0].tolist())
+        found.append(agent.obs_rms(torch.tensor([[1.5, 1.001]]))[0].tolist())
     assert agent.return_rms.inv_std.item() == pytest.approx(agent.return_rms.var.rsqrt().item())
-    largest = [torch.cat(seen[:k]).std(0, correction=0).tolist() for k in (1, 2, 3)]
-    zero, second = seen[0][:, 0].mean().item(), [largest[0][0], max(x[0] for x in largest[:2]), *[largest[2][0]] * 2]
-    assert [x for x, _ in found] == pytest.approx([(1.5 - zero) / unit for unit in second], rel=1e-4)
-    assert [y for _, y in found] == [0, 0, 0, 0] and largest[0][1] == 0 < agent.obs_rms.inv_std[1] < math.inf
+    zero = seen[0].mean(0).tolist()
+    std = [torch.cat(seen[: k + 1]).std(0, correction=0).tolist() for k in range(4)]
+    unit = (
+        [max(x for x, _ in std[: k + 1]) for k in range(4)],
+        [1, *(max(y for _, y in std[1 : k + 1]) for k in (1, 2, 3))],
+    )
+    assert std[1][0] < std[0][0] and std[3][0] < std[2][0] and std[3][1] < std[2][1] and zero[1] == 1
+    for (x, y), a, b in zip(found, *unit, strict=True):
+        assert (x, y) == (pytest.approx((1.5 - zero[0]) / a, rel=1e-4), pytest.approx(0.001 / b, rel=1e-3))
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Reacher-v4"])

@@ -126,7 +126,7 @@ DISCRETE_ENV = "toy_envs:RewardFromObs-v0"
 RUNS = [
     ("ppo_clip", {}),
     ("ppo_clip", {"lr_schedule": "constant", "norm_adv": False, "ent_coef": 0.05, "env_id": DISCRETE_ENV}),
-    ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.002}),
+    ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.006}),
     ("ppo_clip", {"target_kl": 0.003, "update_epochs": 4}),
     ("ppo_klpen", {}),
     ("ppo_klpen", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.002, "kl_target": 0.001}),
