@@ -254,36 +254,6 @@ def klpen_beta():
         print(f"{name}: median KL over the run's second half {median:.4f}")
 
 
-def statistics_runs(quantity):
-    """{(way, seed): an array over rollouts} of falls or kl: see reproduce.statistics_alone"""
-    runs = {}
-    for row in csv_rows(RESULTS / "statistics.csv.gz"):
-        runs.setdefault((row["way"], int(row["seed"])), []).append(float(row[quantity]))
-    return {key: np.array(values) for key, values in runs.items()}
-
-
-def statistics_alone():
-    """A solved policy that nobody trains any more, while its running statistics go on: falls, and the KL between the
-    policy before and after each rollout's statistics. Thin: one seed; thick: the median."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    ways = {
-        "usual": ("C3", "usual: mean and variance of all so far"),
-        "steady": ("C0", "steady: 0 stays, the unit never shrinks"),
-    }
-    for axis, quantity in zip(axes, ("falls", "kl"), strict=True):
-        for way, (colour, label) in ways.items():
-            curves = np.array([run for key, run in statistics_runs(quantity).items() if key[0] == way])
-            axis.plot(np.arange(1, 151), curves.T, colour, lw=0.5, alpha=0.5)
-            axis.plot(np.arange(1, 151), np.median(curves, 0), colour, lw=2.5, label=label)
-        axis.set(xlabel="rollouts of 2048 steps since the last one that was learned from")
-    axes[0].set(yscale="symlog", ylim=(-0.2, None), ylabel="falls in a rollout")
-    axes[1].axhline(0.02, color="k", ls="--", lw=1, label="--max-kl, the bound on a step of TRPO")
-    axes[1].set(yscale="log", ylim=(1e-6, 0.1), ylabel="KL(before||after) of the statistics, nats")
-    for axis in axes:
-        axis.legend(fontsize=8)
-    figure.savefig(RESULTS / "statistics.png", dpi=100)
-
-
 def learning_curves():
     """The first page's figure: the three scripts and Stable-Baselines3's PPO, mean and standard error over seeds. The
     marks at the right edge are where the PPO paper's curves end."""
@@ -400,6 +370,39 @@ def notes():
     figure.savefig(IMAGES / "notes.png", dpi=100)
 
 
+def statistics_runs(quantity, results):
+    """{(way, seed): an array over rollouts} of falls or kl: see reproduce.statistics_alone"""
+    runs = {}
+    for row in csv_rows(results / "statistics.csv.gz"):
+        runs.setdefault((row["way"], int(row["seed"])), []).append(float(row[quantity]))
+    return {key: np.array(values) for key, values in runs.items()}
+
+
+def statistics_alone(results):
+    """A solved policy that nobody trains any more, while its running statistics go on. Draws its falls, and the KL
+    between the policy before and after each rollout's statistics (thin: one seed; thick: the median). Returns a table
+    of all falls."""
+    falls, kl = (statistics_runs(quantity, results) for quantity in ("falls", "kl"))
+    ways = {"usual": ("C3", "usual: mean and variance of all so far"), "steady": ("C0", "steady 0 and unit")}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, runs in zip(axes, (falls, kl), strict=True):
+        for way, (colour, label) in ways.items():
+            curves = np.array([run for key, run in runs.items() if key[0] == way])
+            number = np.arange(1, curves.shape[1] + 1)
+            axis.plot(number, curves.T, colour, lw=0.5, alpha=0.5)
+            axis.plot(number, np.median(curves, 0), colour, lw=2.5, label=label)
+        axis.set_xlabel("rollouts of 2048 steps since the last one that was learned from")
+    axes[0].set(yscale="symlog", ylim=(-0.2, None), ylabel="falls in a rollout")
+    axes[1].axhline(0.02, color="k", ls="--", lw=1, label="--max-kl, the bound on a step of TRPO")
+    axes[1].set(yscale="log", ylim=(1e-6, 0.1), ylabel="KL(before||after) of the statistics, nats")
+    for axis in axes:
+        axis.legend(fontsize=8)
+    figure.savefig(results / "statistics.png", dpi=100)
+    seeds = sorted({seed for _, seed in falls})
+    rows = [[label, *(f"{falls[way, seed].sum():.0f}" for seed in seeds)] for way, (_, label) in ways.items()]
+    return markdown(["falls in 150 rollouts, by seed", *map(str, seeds)], rows)
+
+
 def populations(results):
     """A markdown table of what PBT and random search have found, for each environment and length that is stored: see
     reproduce.comparison. Intervals are over populations."""
@@ -468,8 +471,7 @@ def selfplay(results):
 
 def main():
     names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film, "runs": runs}
-    names["statistics"] = statistics_alone
-    tables = {"pbt": populations, "selfplay": selfplay}
+    tables = {"pbt": populations, "selfplay": selfplay, "statistics": statistics_alone}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*names, *STUDIES, *tables], metavar="NAME", help="what to draw: see above")
     parser.add_argument("folders", nargs="*", metavar="RUN", help="run folders, for film and runs")
@@ -479,7 +481,7 @@ def main():
     if bool(args.folders) != (name in ("film", "runs")):
         parser.error("film and runs take run folders, the others none")
     if name in names and results != RESULTS:
-        parser.error("--results goes with a study, pbt and selfplay")
+        parser.error("--results goes with a study, pbt, selfplay and statistics")
     if name in names:
         names[name](*args.folders)
         return

@@ -465,7 +465,7 @@ def comparison(env, steps, repetition, slots, folder):
 # ---- running statistics ----------------------------------------------------------------------------------------------
 
 
-def statistics_alone(results, folder, seeds):
+def statistics_alone(results, folder, seeds, solved=61_440, rollouts=150):
     """Is it enough to lose a solved task that the running statistics go on? trpo_continuous.py solves InvertedPendulum
     in 61,440 steps, with statistics that follow all that was seen, as is usual. From then on nothing learns: the policy
     acts for 150 rollouts, each of which enters the statistics, once as before and once so that the 0 and the unit of
@@ -479,7 +479,7 @@ def statistics_alone(results, folder, seeds):
     rows, update = [], trpo.RunningMeanStd.update
     for seed in range(1, seeds + 1):
         run = folder / f"statistics/{seed}-{time.time():.0f}"
-        flags = ["--env-id", "InvertedPendulum-v4", "--seed", seed, "--stop-at-step", 61_440, "--run-dir", run]
+        flags = ["--env-id", "InvertedPendulum-v4", "--seed", seed, "--stop-at-step", solved, "--run-dir", run]
         trpo.RunningMeanStd.update = lambda self, x, steady=False: update(self, x)
         if trpo.train(trpo.parse_args([*map(str, flags), "--num-workers", "0", "--no-compile"]))["signal"]:
             sys.exit("stopped: nothing is stored")
@@ -491,8 +491,8 @@ def statistics_alone(results, folder, seeds):
             trpo.load_checkpoint(run, args.env_id, agent)
             torch.manual_seed(seed)  # the same noise for both
             with trpo.Actors(args, agent) as actors, torch.no_grad():
-                for number in tqdm(range(1, 151), desc=f"seed {seed}, {way}"):
-                    obs = actors.collect(agent, seed=(seed, 61_440) if number == 1 else None)["obs"]
+                for number in tqdm(range(1, rollouts + 1), desc=f"seed {seed}, {way}"):
+                    obs = actors.collect(agent, seed=(seed, solved) if number == 1 else None)["obs"]
                     before = agent.policy(agent.obs_rms(obs))
                     agent.obs_rms.update(obs.flatten(0, 1), steady=way == "steady")
                     kl = kl_divergence(before, agent.policy(agent.obs_rms(obs))).mean().item()

@@ -100,12 +100,11 @@ def test_single_runs():
 
 def test_a_solved_pendulum():
     """What the statistics do to a policy that nobody trains, and steps of several lengths to a solved one."""
-    falls, kl = plot.statistics_runs("falls"), plot.statistics_runs("kl")
-    usual, steady = ([x for (way, _), x in falls.items() if way == name] for name in ("usual", "steady"))
+    falls, kl = plot.statistics_runs("falls", RESULTS), plot.statistics_runs("kl", RESULTS)
+    usual = [x for (way, _), x in falls.items() if way == "usual"]
     after = [np.flatnonzero(x >= 8)[0] + 1 for x in usual if x.max() >= 8]
     text = f"{len(after)} of the {len(usual)} policies lose the pole: they fall eight times or more in one rollout,"
-    text += f" the first after {min(after)} rollouts, the last after {max(after)}. All in all they fall"
-    text += f" {sum(map(sum, usual)):.0f} times, with a steady 0 and unit {sum(map(sum, steady)):.0f} times."
+    text += f" the first after {min(after)} rollouts, the last after {max(after)}."
     largest = max(x.max() for (way, _), x in kl.items() if way == "usual")
     text += f" One rollout's statistics moved a policy by up to {largest:.3f} nats; a step of TRPO may move it by 0.02."
     assert text in page("results.md"), text

@@ -1,10 +1,13 @@
 """The benchmark's grids and tables: end to end with tiny runs, resumable, and equal to what is committed."""
 
 import contextlib
+import csv
 import dataclasses
+import gzip
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,8 +214,22 @@ def test_table_1_has_the_papers_eleven_rows():
     assert len(study.runs()) == 11 * 7 * 3 and set(study.envs) == set(plot.RANDOM)
 
 
-def test_the_committed_tables_are_those_of_the_stored_data():
+def test_statistics_alone(tmp_path):
+    reproduce.statistics_alone(tmp_path, tmp_path, seeds=2, solved=2048, rollouts=3)
+    with gzip.open(tmp_path / "statistics.csv.gz", "rt") as file:
+        rows = list(csv.DictReader(file))
+    assert [(x["way"], x["seed"], x["rollout"]) for x in rows[:4]] == [
+        ("usual", "1", "1"), ("usual", "1", "2"), ("usual", "1", "3"), ("steady", "1", "1")
+    ]  # fmt: skip
+    assert len(rows) == 12 and rows[0]["falls"] == rows[3]["falls"] and rows[0]["kl"] != rows[3]["kl"]
+    table = plot.statistics_alone(tmp_path)
+    assert table.splitlines()[0].endswith("| 1 | 2 |") and (tmp_path / "statistics.png").exists()
+
+
+def test_the_committed_tables_are_those_of_the_stored_data(tmp_path):
     results = ROOT / "benchmark/results"
+    shutil.copy(results / "statistics.csv.gz", tmp_path)
+    assert (results / "statistics.md").read_text() == plot.statistics_alone(tmp_path) + "\n"
     for study in reproduce.STUDIES:
         if runs := reproduce.read(study, results):
             assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
