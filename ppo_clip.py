@@ -27,7 +27,7 @@ term is flat there and would leave it so. The unclipped term is smaller, so the 
 r_t back up. Clipping takes away an incentive, but bounds nothing (Engstrom et al. 2020): watch `kl` and `clipfrac`.
 
 Departures from the paper; the first two matter most (Engstrom et al. 2020, Andrychowicz et al. 2021):
-- Observations and rewards are brought to about size 1 by running statistics, which are saved with the model.
+- Observations and rewards are scaled by running statistics, which are saved with the model.
 - Layers start orthogonal, advantages are normalised by minibatch, gradients are clipped, the learning rate falls to 0.
 - A time limit does not end the task: V of the last state stands for the rewards that would have followed.
 - 8 environments x 256 steps replace the paper's 1 x 2048: the same batch, collected in parallel.
@@ -117,6 +117,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate (Table 3)
     num_minibatches: int = 32  # minibatches per epoch; 2048 / 32 = 64 samples each (Table 3)
     update_epochs: int = 10  # K, passes over each batch (Table 3)
+    steady_obs: bool = False  # keep what the policy sees in the same scale (RunningMeanStd.update says why)
     norm_adv: bool = True  # normalise advantages to mean 0 and standard deviation 1 in each minibatch
     clip_coef: float = 0.2  # eps of the clip (best of Table 1); inf: the surrogate without clipping
     ent_coef: float = 0.0  # weight of the entropy bonus (0 for MuJoCo in the paper)
@@ -129,8 +130,8 @@ class Args:
 
 
 class RunningMeanStd(nn.Module):
-    """Networks learn best from numbers of about size 1, and nobody knows an environment's sizes beforehand. So this
-    keeps mean and variance of all rows seen so far, as buffers of the agent, which are saved with its weights."""
+    """Mean and variance of all rows seen so far. Networks learn best from numbers of about size 1, and nobody knows an
+    environment's sizes beforehand. The statistics are buffers of the agent, so they are saved with its weights."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -147,8 +148,8 @@ class RunningMeanStd(nn.Module):
 
         Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
         KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/results.md). steady, for what a policy sees: 0 stays at the mean of the
-        first rows, and the unit, once there is one, never gets smaller."""
+        overreacts and loses the pole (docs/results.md). steady: 0 stays at the mean of the first rows, and the unit,
+        once there is one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
@@ -225,9 +226,9 @@ class Agent(nn.Module):
         mean, log_std = parameters.chunk(2, -1)
         return mean + log_std.exp() * noise
 
-    def update_statistics(self, rollout):
+    def update_statistics(self, rollout, steady=False):
         """Let a rollout's observations and discounted returns (T, N, ...) enter the running statistics."""
-        self.obs_rms.update(rollout["obs"].flatten(0, 1), steady=True)
+        self.obs_rms.update(rollout["obs"].flatten(0, 1), steady)
         self.return_rms.update(rollout["discounted_return"].flatten())
 
     def forward(self, function, *args):
@@ -429,7 +430,7 @@ def train(args: Args) -> dict:
             # new policy's last layer is so small that scaling hardly changes how it acts, while a critic that starts on
             # raw rewards (Hopper: a value loss of 14 instead of 0.1) needs tens of thousands of steps to recover.
             if global_step == 0:
-                agent.update_statistics(rollout)
+                agent.update_statistics(rollout, args.steady_obs)
             for key, x in make_batch(agent, rollout, args.gamma, args.gae_lambda).items():
                 data[key].copy_(x)
 
@@ -444,7 +445,7 @@ def train(args: Args) -> dict:
             if args.lr_schedule == "kl-adaptive":
                 learning_rate = adapted_learning_rate(learning_rate, kl, args.kl_lr_target, args.kl_lr_band)
             if global_step > 0:
-                agent.update_statistics(rollout)
+                agent.update_statistics(rollout, args.steady_obs)
             global_step += B
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class Args:
     critic_input: Literal["state", "state-actions"] = "state"  # mappo: V(s, g), or V(s, a^-g) with the others' actions
     team_reward: Literal["sum", "mean", "none"] = "sum"  # each gets the sum or mean of all rewards; none: its own
     hidden_size: int = 64  # width of the two hidden layers
-    norm_obs: bool = True  # bring observations and states to about size 1, by running statistics
+    norm_obs: bool = True  # scale observations and states by running statistics
 
     learning_rate: float = 7e-4  # Adam's step size
     lr_schedule: Literal["linear", "constant"] = "linear"  # linear: to 0 over the run
@@ -167,8 +167,8 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 
 
 class RunningMeanStd(nn.Module):
-    """Networks learn best from numbers of about size 1, and nobody knows an environment's sizes beforehand. So this
-    keeps mean and variance of all rows seen so far, as buffers of the agent, which are saved with its weights."""
+    """Mean and variance of all rows seen so far. Networks learn best from numbers of about size 1, and nobody knows an
+    environment's sizes beforehand. The statistics are buffers of the agent, so they are saved with its weights."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -185,8 +185,8 @@ class RunningMeanStd(nn.Module):
 
         Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
         KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/results.md). steady, for what a policy sees: 0 stays at the mean of the
-        first rows, and the unit, once there is one, never gets smaller."""
+        overreacts and loses the pole (docs/results.md). steady: 0 stays at the mean of the first rows, and the unit,
+        once there is one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
@@ -353,9 +353,9 @@ class Team(nn.Module):
             if alive.any():
                 self.value_rms[p].update(returns_p[alive])
                 if self.obs_rms:
-                    self.obs_rms[p].update(obs_p[alive], steady=True)
+                    self.obs_rms[p].update(obs_p[alive])
         if self.state_rms and "state" in rollout:
-            self.state_rms[0].update(rollout["state"].flatten(0, 1), steady=True)
+            self.state_rms[0].update(rollout["state"].flatten(0, 1))
         mean, std = (x.view(-1, 1, 1) for x in self.value_scale())
         weight, bias = self.critic.weights[-1], self.critic.biases[-1]
         weight.mul_(old_std / std)

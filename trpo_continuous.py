@@ -47,8 +47,8 @@ the paper sets a bound instead.
 Departures from the paper:
 - Advantages come from a critic (GAE), which is fitted after the policy's step. The paper used returns alone.
 - F is damped (F + 0.1 I), since on one batch it is nearly singular. So a full step has less KL than max_kl, by design.
-- Observations and rewards are brought to about size 1 by running statistics, and layers start orthogonal: parts of
-  "TRPO+" (Engstrom et al. 2020). Advantages are normalised over the batch.
+- Observations and rewards are scaled by running statistics, and layers start orthogonal: parts of "TRPO+" (Engstrom et
+  al. 2020). Advantages are normalised over the batch.
 - A run has 489 iterations of 8 environments x 256 steps. The paper had 200, of 50 000 steps and more. In so short a
   run its max_kl of 0.01 is a little slow: here it is 0.02.
 - gamma is 0.995, as in the first author's code. With the paper's 0.99 a run on Hopper ends at 2448 on average of five
@@ -143,6 +143,7 @@ class Args:
     backtrack_iters: int = 10  # candidates of the line search; if none is acceptable the policy stays as it is
     gamma: float = 0.995  # discount (Table 2: 0.99)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    steady_obs: bool = False  # keep what the policy sees in the same scale (RunningMeanStd.update says why)
     norm_adv: bool = True  # normalise advantages to mean 0 and standard deviation 1 over the batch
     vf_epochs: int = 20  # the critic's passes over each batch
     vf_learning_rate: float = 1e-3  # the critic's Adam step size
@@ -153,8 +154,8 @@ class Args:
 
 
 class RunningMeanStd(nn.Module):
-    """Networks learn best from numbers of about size 1, and nobody knows an environment's sizes beforehand. So this
-    keeps mean and variance of all rows seen so far, as buffers of the agent, which are saved with its weights."""
+    """Mean and variance of all rows seen so far. Networks learn best from numbers of about size 1, and nobody knows an
+    environment's sizes beforehand. The statistics are buffers of the agent, so they are saved with its weights."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -171,8 +172,8 @@ class RunningMeanStd(nn.Module):
 
         Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
         KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/results.md). steady, for what a policy sees: 0 stays at the mean of the
-        first rows, and the unit, once there is one, never gets smaller."""
+        overreacts and loses the pole (docs/results.md). steady: 0 stays at the mean of the first rows, and the unit,
+        once there is one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
@@ -249,9 +250,9 @@ class Agent(nn.Module):
         mean, log_std = parameters.chunk(2, -1)
         return mean + log_std.exp() * noise
 
-    def update_statistics(self, rollout):
+    def update_statistics(self, rollout, steady=False):
         """Let a rollout's observations and discounted returns (T, N, ...) enter the running statistics."""
-        self.obs_rms.update(rollout["obs"].flatten(0, 1), steady=True)
+        self.obs_rms.update(rollout["obs"].flatten(0, 1), steady)
         self.return_rms.update(rollout["discounted_return"].flatten())
 
     def forward(self, function, *args):
@@ -549,7 +550,7 @@ def train(args: Args) -> dict:
             # new policy's last layer is so small that scaling hardly changes how it acts, while a critic that starts on
             # raw rewards (Hopper: a value loss of 14 instead of 0.1) needs tens of thousands of steps to recover.
             if global_step == 0:
-                agent.update_statistics(rollout)
+                agent.update_statistics(rollout, args.steady_obs)
             for key, x in make_batch(agent, rollout, args.gamma, args.gae_lambda).items():
                 data[key].copy_(x)
             if args.norm_adv:
@@ -568,7 +569,7 @@ def train(args: Args) -> dict:
                 order.copy_(torch.randperm(B).view_as(order))
                 run_epoch()  # for each row: state = critic_update(agent.critic, state, critic_data[row], learning_rate)
             if global_step > 0:
-                agent.update_statistics(rollout)
+                agent.update_statistics(rollout, args.steady_obs)
             global_step += B
 
             # ---- log, checkpoint -------------------------------------------------------------------------------------

@@ -255,8 +255,7 @@ def test_a_step_of_their_trpo(seed, monkeypatch):
 
 def test_statistics_of_their_vec_normalize(script):
     """Of observations and of discounted returns, on an environment whose episodes end in every way. VecNormalize begins
-    with a count of 1e-4, we with 0; and it sees each step's next observation, we the one acted upon. Only mean and
-    variance are compared: what a policy sees is steady here, and follows them there."""
+    with a count of 1e-4, we with 0; and it sees each step's next observation, we the one acted upon."""
     T, N, gamma = 40, 3, 0.9
     flags = {"env_id": "toy_envs:Counter-v0", "num_envs": N, "num_steps": T, "num_workers": 0, "gamma": gamma}
     agent = make_agent(script, Counter.action_space, obs_dim=2)

@@ -159,7 +159,8 @@ def test_what_a_policy_sees_is_steady(script):
     agent, seen, found = script.Agent(2, gym.spaces.Box(-2, 2, (1,))), [], []
     for spread in (1.0, 0.01, 5.0, 0.01):
         obs = torch.randn(T, N, 2) * torch.tensor([spread, 1e-3 * bool(seen)]) + spread
-        agent.update_statistics({"obs": obs, "discounted_return": spread * torch.randn(T, N)})
+        rollout = {"obs": obs, "discounted_return": spread * torch.randn(T, N)}
+        agent.update_statistics(rollout, steady=True)
         seen.append(obs.flatten(0, 1).double())
         torch.testing.assert_close(agent.obs_rms.mean, torch.cat(seen).mean(0))
         torch.testing.assert_close(agent.obs_rms.var, torch.cat(seen).var(0, correction=0))

@@ -110,14 +110,14 @@ def written_again(script, args):
         for step in range(0, STEPS, B):
             rollout = actors.collect(agent, seed=(args.seed, step) if cut else None)
             if step == 0:
-                agent.update_statistics(rollout)
+                agent.update_statistics(rollout, args.steady_obs)
             batch = script.make_batch(agent, rollout, args.gamma, args.gae_lambda)
             returns, value = batch["return"].numpy(), batch["value"].numpy()
             row = {"global_step": step + B, "explained_variance": 1 - np.var(returns - value) / np.var(returns)}
             iteration = trpo_iteration if trpo else ppo_iteration
             table.append(row | actors.statistics() | iteration(script, args, agent, optimizer, batch, step, adapted))
             if step > 0:
-                agent.update_statistics(rollout)
+                agent.update_statistics(rollout, args.steady_obs)
             cut = (step + B) // args.checkpoint_every > step // args.checkpoint_every
     return agent, table
 
@@ -126,10 +126,10 @@ DISCRETE_ENV = "toy_envs:RewardFromObs-v0"
 RUNS = [
     ("ppo_clip", {}),
     ("ppo_clip", {"lr_schedule": "constant", "norm_adv": False, "ent_coef": 0.05, "env_id": DISCRETE_ENV}),
-    ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.006}),
-    ("ppo_clip", {"target_kl": 0.003, "update_epochs": 4}),
+    ("ppo_clip", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.004}),
+    ("ppo_clip", {"target_kl": 0.003, "update_epochs": 4, "steady_obs": True}),
     ("ppo_klpen", {}),
-    ("ppo_klpen", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.002, "kl_target": 0.001}),
+    ("ppo_klpen", {"lr_schedule": "kl-adaptive", "kl_lr_target": 0.004, "kl_target": 0.003}),
     ("ppo_klpen", {"lr_schedule": "constant", "beta_schedule": "fixed", "beta_init": 2.0, "norm_adv": False}),
     ("trpo_continuous", {}),
     ("trpo_continuous", {"norm_adv": False, "kl_constraint": "max", "cg_iters": 3}),
@@ -318,7 +318,7 @@ def test_a_schedule_that_becomes_adaptive_starts_at_the_last_rate(name, tmp_path
 
 CONTRACT = {"env_id": "Hopper-v4", "total_timesteps": 1_000_000, "seed": 1, "cuda": False, "compile": True}
 CONTRACT |= {"run_dir": None, "checkpoint_every": 100_000, "resume": None, "stop_at_step": None, "evaluate": None}
-CONTRACT |= {"eval_episodes": 10, "capture_video": False, "gae_lambda": 0.95, "norm_adv": True}
+CONTRACT |= {"eval_episodes": 10, "capture_video": False, "gae_lambda": 0.95, "norm_adv": True, "steady_obs": False}
 PPO_PAPER = {"learning_rate": 3e-4, "update_epochs": 10, "gamma": 0.99, "ent_coef": 0.0}  # Table 3
 PPO_RELEASED = {"vf_coef": 0.5, "max_grad_norm": 0.5, "lr_schedule": "linear", "kl_lr_target": 0.01, "kl_lr_band": 1.5}
 DEFAULTS = {
