@@ -123,6 +123,13 @@ def test_a_steady_scale():
             more = [x - usual[setting.name, env][seed] for seed, x in found.items()]
             cells.append(f"{statistics.fmean(more):.0f} ± {statistics.stdev(more) / len(more) ** 0.5:.0f}")
         assert f"| {setting.name} | {' | '.join(cells)} |" in page("results.md"), (setting.name, cells)
+    name = "trpo_continuous.py --steady-obs"
+    apart = [difference(name, "sb3-contrib TRPO", env, "steady") for env in plot.STUDIES["v4"].envs]
+    cells = [f"{abs(x):.0f} ± {error:.0f}" for x, error in apart]
+    assert "it gets {} more on Hopper, {} more on Walker2d, and {} less on HalfCheetah.".format(*cells) in page(
+        "results.md"
+    )
+    assert [x > 0 for x, _ in apart] == [True, True, False]
 
 
 def test_a_learning_rate_that_follows_the_kl():
