@@ -232,9 +232,8 @@ class StackedMLP(nn.Module):
             x = x[..., self.windows]  # (P, rows, W, L)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = x.relu() if i else x
-            x = torch.baddbmm(
-                bias, x.reshape(P, -1, weight.shape[1]), weight
-            )  # (P, rows, n_out) or (P, rows * W, n_out)
+            x = x.reshape(P, -1, weight.shape[1])  # (P, rows, n_in), in a layer with windows (P, rows * W, n_in)
+            x = torch.baddbmm(bias, x, weight)
         return x.transpose(0, 1).reshape(*lead, x.shape[-1])
 
 

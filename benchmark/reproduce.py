@@ -469,23 +469,20 @@ def comparison(env, steps, repetition, slots, folder):
 
 def statistics_alone(results, folder, seeds, solved=61_440, rollouts=150):
     """Is it enough to lose a solved task that the running statistics go on? trpo_continuous.py solves InvertedPendulum
-    in 61,440 steps, with statistics that follow all that was seen, as is usual. From then on nothing learns: the policy
-    acts for 150 rollouts, each of which enters the statistics, once as before and once so that the 0 and the unit of
-    that moment stay: a unit may only grow."""
+    in 61,440 steps. From then on nothing learns: the policy acts for 150 rollouts, each of which enters the statistics,
+    once as before and once so that the 0 of that moment stays and the unit may only grow."""
     import torch
     from torch.distributions import kl_divergence
 
     import trpo_continuous as trpo
 
     torch.set_num_threads(1)
-    rows, update = [], trpo.RunningMeanStd.update
+    rows = []
     for seed in range(1, seeds + 1):
         run = folder / f"statistics/{seed}-{time.time():.0f}"
         flags = ["--env-id", "InvertedPendulum-v4", "--seed", seed, "--stop-at-step", solved, "--run-dir", run]
-        trpo.RunningMeanStd.update = lambda self, x, steady=False: update(self, x)
         if trpo.train(trpo.parse_args([*map(str, flags), "--num-workers", "0", "--no-compile"]))["signal"]:
             sys.exit("stopped: nothing is stored")
-        trpo.RunningMeanStd.update = update
         args = trpo.parse_args(["--resume", str(run), "--num-workers", "0"])
         env = trpo.make_env(args.env_id)
         agent = trpo.Agent(env.observation_space.shape[0], env.action_space)
