@@ -134,6 +134,7 @@ class Args:
     form: Literal["constrained", "penalized"] = "constrained"  # bound the KL by max_kl, or subtract beta times the KL
     kl_constraint: Literal["mean", "max"] = "mean"  # constrained: the mean KL over the batch's states, or the largest
     max_kl: float = 0.02  # constrained: the bound (the paper: 0.01); adaptive beta: the KL to steer for
+    kl_schedule: Literal["constant", "linear"] = "constant"  # linear: max_kl falls to 0 over the run
     beta: float = 1.0  # penalized: the weight of the KL; where it is adaptive, its first value
     beta_schedule: Literal["fixed", "adaptive"] = "fixed"  # penalized: always beta, or steer the KL (PPO section 4)
     cg_iters: int = 10  # iterations of conjugate gradients (App. C); on a stiff problem 10 gain 85 % of what 40 do
@@ -429,7 +430,7 @@ def scaled_to_max_kl(look, theta, step, max_kl):
     return 0.99 * step
 
 
-def line_search(look, theta, step, old_surrogate, beta, args):
+def line_search(look, theta, step, old_surrogate, max_kl, beta, args):
     """Find the first acceptable one of theta + step, theta + c step, theta + c^2 step, ... (App. C). Returns it (K,),
     a report, and its index j, or theta, zeros, and -1 if there is none. The report: kl and kl_max, the mean and maximum
     of KL(old||new) over states, and improvement, the rise of the surrogate."""
@@ -437,21 +438,21 @@ def line_search(look, theta, step, old_surrogate, beta, args):
         candidate = theta + args.backtrack_coeff**j * step
         surrogate, kl = look(candidate)
         report = {"kl": kl.mean().item(), "kl_max": kl.max().item(), "improvement": (surrogate - old_surrogate).item()}
-        if acceptable(report, beta, args):
+        if acceptable(report, max_kl, beta, args):
             return candidate, report, j
     return theta, dict.fromkeys(report, 0.0), -1
 
 
-def acceptable(report, beta, args):
+def acceptable(report, max_kl, beta, args):
     """Whether the objective rises and, in the constrained forms, the KL is within max_kl. nan and inf are refused."""
     if args.form == "penalized":
         return 0 < report["improvement"] - beta * report["kl"] < math.inf
     kl = report["kl_max"] if args.kl_constraint == "max" else report["kl"]
-    return 0 < report["improvement"] < math.inf and kl <= args.max_kl
+    return 0 < report["improvement"] < math.inf and kl <= max_kl
 
 
 @torch.no_grad()
-def policy_step(theta, solve, look, beta, args):
+def policy_step(theta, solve, look, max_kl, beta, args):
     """One step of TRPO on the whole batch (its section 6 and App. C). It overwrites theta (K,), the vector in which the
     policy's parameters lie. solve() is natural_gradient at theta, look(candidate) surrogate_and_kl at a candidate (K,).
     Returns what is logged, by name."""
@@ -459,13 +460,13 @@ def policy_step(theta, solve, look, beta, args):
     old_surrogate, g, x, residual = solve()
 
     # The length. F x = g - residual, so x'Fx = x'(g - residual). If g = 0, the step is nan, which is never acceptable.
-    beta_star = (x @ (g - residual) / (2 * args.max_kl)).sqrt()
+    beta_star = (x @ (g - residual) / (2 * max_kl)).sqrt()
     step = x / (beta if args.form == "penalized" else beta_star)
     if args.form == "constrained" and args.kl_constraint == "max":
-        step = scaled_to_max_kl(look, theta, step, args.max_kl)
+        step = scaled_to_max_kl(look, theta, step, max_kl)
 
     # The line search.
-    new_theta, report, j = line_search(look, theta, step, old_surrogate, beta, args)
+    new_theta, report, j = line_search(look, theta, step, old_surrogate, max_kl, beta, args)
     expected, gradient_norm = (g @ (new_theta - theta)).item(), g.norm().item()
     theta.copy_(new_theta)
     return report | {
@@ -558,10 +559,12 @@ def train(args: Args) -> dict:
                 advantage.copy_((advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8))
 
             # ---- policy: one natural-gradient step with a line search ------------------------------------------------
-            report = policy_step(theta, solve, look, beta, args)
+            remaining = 1 - global_step / args.total_timesteps  # from 1 to 0
+            max_kl = args.max_kl * (remaining if args.kl_schedule == "linear" else 1)
+            report = policy_step(theta, solve, look, max_kl, beta, args)
             if args.beta_schedule == "adaptive":  # NOTE: a step that was refused was too long, though its KL reads 0
                 kl = report["kl"] if report["line_search_step"] >= 0 else math.inf
-                beta = adapted_beta(beta, kl, args.max_kl)
+                beta = adapted_beta(beta, kl, max_kl)
 
             # ---- critic: epochs of minibatches; the advantages above are those of the old one ------------------------
             state["sums"].zero_()
@@ -1116,7 +1119,7 @@ def parse_args(argv) -> Args:
         (not args.evaluate, evaluation, "goes with --evaluate"),
         (constrained, {"beta", "beta_schedule"}, "goes with --form penalized"),
         (not constrained, {"kl_constraint"}, "goes with --form constrained"),
-        (not constrained and not adaptive, {"max_kl"}, "goes with --form constrained or --beta-schedule adaptive"),
+        (not constrained and not adaptive, {"max_kl", "kl_schedule"}, "goes with a bound or an adaptive beta"),
     )
     for when, flags, what in useless:
         for flag in sorted(given & flags) if when else ():

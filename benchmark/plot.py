@@ -341,7 +341,7 @@ def notes():
         data["advantage"] = (data["advantage"] - data["advantage"].mean()) / data["advantage"].std()
         policy = trpo.policy_part(agent).values()
         old = parameters_to_vector(policy).detach().clone()
-        report = trpo.policy_step(*trpo.functions_of_theta(agent, data, args), 1.0, args)
+        report = trpo.policy_step(*trpo.functions_of_theta(agent, data, args), args.max_kl, 1.0, args)
         taken = parameters_to_vector(policy).detach() - old
         with torch.no_grad():
             for scale in scales:

@@ -261,7 +261,7 @@ def policy_step(device):
 
     def step():
         agent.load_state_dict(before)  # always from the same place
-        script.policy_step(*functions, args.beta, args)
+        script.policy_step(*functions, args.max_kl, args.beta, args)
 
     return seconds(step) * 1e3
 

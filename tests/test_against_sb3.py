@@ -240,7 +240,7 @@ def test_a_step_of_their_trpo(seed, monkeypatch):
 
     theta = parameters_to_vector(trpo.policy_part(agent).values()).detach().clone()
     args = trpo.Args(max_kl=A * bound, cg_damping=A * damping, cg_iters=300)
-    report = trpo.policy_step(*trpo.functions_of_theta(agent, batch, args), 1.0, args)
+    report = trpo.policy_step(*trpo.functions_of_theta(agent, batch, args), args.max_kl, 1.0, args)
     assert report["line_search_step"] == 0
     step = parameters_to_vector(trpo.policy_part(agent).values()).detach() - theta
     theirs = {ours: p for ours, p in pairs(agent, model.policy)}

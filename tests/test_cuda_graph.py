@@ -185,7 +185,7 @@ def test_policy_step_of_trpo_equals_the_cpus():
         agents["cuda"].load_state_dict(agents["cpu"].state_dict())
         for key, x in make_batch(script, agents["cpu"], seed=step).items():
             datas["cpu"][key].copy_(x), datas["cuda"][key].copy_(x)
-        cpu, cuda = (script.policy_step(*functions[x], 1.0, args[x]) for x in ("cpu", "cuda"))
+        cpu, cuda = (script.policy_step(*functions[x], args[x].max_kl, 1.0, args[x]) for x in ("cpu", "cuda"))
         after, there = (parameters_to_vector(agents[x].actor.parameters()).cpu() for x in ("cpu", "cuda"))
         assert (there - after).norm() < 1e-3 * (after - before).norm()
         assert cpu["line_search_step"] == cuda["line_search_step"] == 0

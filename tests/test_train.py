@@ -86,7 +86,7 @@ def trpo_iteration(script, args, agent, optimizer, batch, step, adapted):
         advantage = batch["advantage"].numpy()
         batch["advantage"] = torch.from_numpy((advantage - advantage.mean()) / (advantage.std() + 1e-8))
     beta = adapted.setdefault("beta", args.beta)
-    report = script.policy_step(*script.functions_of_theta(agent, batch, args), beta, args)
+    report = script.policy_step(*script.functions_of_theta(agent, batch, args), args.max_kl, beta, args)
     if args.beta_schedule == "adaptive":
         kl = report["kl"] if report["line_search_step"] >= 0 else 1e9
         adapted["beta"] = script.adapted_beta(beta, kl, args.max_kl)

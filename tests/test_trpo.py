@@ -57,7 +57,7 @@ def vector(agent):
 
 def update(agent, data, beta=1.0, max_kl=0.01, **flags):
     args = trpo.Args(max_kl=max_kl, **flags)
-    return trpo.policy_step(*trpo.functions_of_theta(agent, data, args), beta, args)
+    return trpo.policy_step(*trpo.functions_of_theta(agent, data, args), max_kl, beta, args)
 
 
 def surrogate_and_kl(agent, data, theta=None):
@@ -401,7 +401,7 @@ def search(monkeypatch):
     """Search from 0.1 along a step of 8, halving; accept(x) -> bool. Returns where it ends, numbers and place."""
 
     def search(accept):
-        monkeypatch.setattr(trpo, "acceptable", lambda report, beta, args: accept(report["improvement"]))
+        monkeypatch.setattr(trpo, "acceptable", lambda report, max_kl, beta, args: accept(report["improvement"]))
         theta, args = torch.full((3,), 0.1), trpo.Args(backtrack_coeff=0.5, backtrack_iters=5)
         looks.clear()
 
@@ -409,7 +409,7 @@ def search(monkeypatch):
             looks.append(theta.clone())
             return theta[0].clone(), theta[0] * torch.tensor([2.0, 3.0])
 
-        return trpo.line_search(look, theta, torch.full((3,), 8.0), torch.tensor(0.0), 1.0, args)
+        return trpo.line_search(look, theta, torch.full((3,), 8.0), torch.tensor(0.0), 0.01, 1.0, args)
 
     looks = search.looks = []
     return search
@@ -436,7 +436,7 @@ def test_line_search_restores_bit_for_bit(search):
 def test_what_is_acceptable():
     def accepted(kl=0.005, kl_max=0.05, improvement=0.1, beta=1.0, **flags):
         numbers = {"kl": kl, "kl_max": kl_max, "improvement": improvement}
-        return trpo.acceptable(numbers, beta, trpo.Args(max_kl=0.01, **flags))
+        return trpo.acceptable(numbers, 0.01, beta, trpo.Args(**flags))
 
     assert accepted() and accepted(kl=0.01) and not accepted(kl=0.0101)
     assert not accepted(improvement=0.0) and not accepted(improvement=-0.1)
@@ -475,15 +475,20 @@ def test_a_rejected_step_is_logged_and_leaves_the_policy(tmp_path, monkeypatch):
             assert not torch.equal(x, fresh[key])
 
 
+LINEAR = ["--kl-schedule", "linear"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [[], ["--kl-constraint", "max"], ["--cg-damping", 0, "--cg-iters", 40], ["--max-kl", 0.3]]
+    "flags", [[], LINEAR, ["--kl-constraint", "max"], ["--cg-damping", 0, "--cg-iters", 40], ["--max-kl", 0.3]]
 )
 def test_no_candidate_above_the_bound_is_ever_accepted(tmp_path, flags):
     table = run(tmp_path, "a", "--total-timesteps", 25_600, "--vf-epochs", 1, "--num-minibatches", 1, *flags)
     bound = 0.3 if "--max-kl" in flags else trpo.Args().max_kl
     bounded = table["kl_max" if "max" in flags else "kl"]
-    assert len(bounded) == 200 and max(bounded) <= bound * (1 + 1e-6)
+    assert len(bounded) == 200
+    for i, kl in enumerate(bounded):
+        assert kl <= bound * (1 - i / 200 if "linear" in flags else 1) * (1 + 1e-6)
     for taken, loss, kl in zip(table["line_search_step"], table["policy_loss"], table["kl"], strict=True):
         improvement = -loss
         assert (taken >= 0 and improvement > 0 and kl > 0) or (taken == -1 and improvement == kl == 0)
@@ -541,13 +546,15 @@ def test_compiled_critic_equals_eager():
 # ---- penalised form, logging, resume, refusals -----------------------------------------------------------------------
 
 
-def test_adaptive_beta_follows_the_rule_and_survives_a_resume(tmp_path):
-    flags = ["--form", "penalized", "--beta-schedule", "adaptive", "--beta", 50]
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_adaptive_beta_follows_the_rule_and_survives_a_resume(tmp_path, schedule):
+    flags = ["--form", "penalized", "--beta-schedule", "adaptive", "--beta", 50, "--kl-schedule", schedule]
     table = run(tmp_path, "whole", *flags)
     beta, kl = table["beta"], table["kl"]
     assert beta[0] == 50 and len(set(beta)) > 2
-    for before, after, d in zip(beta, beta[1:], kl, strict=False):
-        assert after == trpo.adapted_beta(before, d or math.inf, trpo.Args().max_kl)
+    for i, (before, after, d) in enumerate(zip(beta, beta[1:], kl, strict=False)):
+        target = trpo.Args().max_kl * (1 - i / 16 if schedule == "linear" else 1)
+        assert after == trpo.adapted_beta(before, d or math.inf, target)
     run(tmp_path, "a", *flags, "--stop-at-step", 512)
     resume = ["--resume", str(tmp_path / "a"), "--run-dir"]
     assert trpo.main([*resume, str(tmp_path / "b")]) == 0
@@ -614,7 +621,8 @@ PENALIZED = ["--form", "penalized"]
         (["--beta-schedule", "adaptive"], "--beta-schedule goes with --form penalized"),
         (["--kl-constraint", "max", "--beta=2"], "--beta goes with --form penalized"),
         ([*PENALIZED, "--kl-constraint", "max"], "--kl-constraint goes with --form constrained"),
-        ([*PENALIZED, "--max-kl", 0.1], "--max-kl goes with --form constrained or --beta-schedule adaptive"),
+        ([*PENALIZED, *LINEAR], "--kl-schedule goes with a bound or an adaptive beta"),
+        ([*PENALIZED, "--max-kl", 0.1], "--max-kl goes with a bound or an adaptive beta"),
         (["--eval-episodes", 3], "--eval-episodes goes with --evaluate"),
         (["--capture-video"], "--capture-video goes with --evaluate"),
     ],
