@@ -31,6 +31,10 @@ F has a row and a column for every parameter and is never formed: conjugate grad
 Why a line search. Both approximations hold only nearby. So s, c s, c^2 s, ... are tried on the true L and the true KL.
 The first that raises L and keeps the bound is taken. If none does, the policy stays as it is.
 
+Why the bound may fall. A step has its full length however small the gradient is. Once there is little left to gain,
+the advantages are mostly noise, and full steps along noise spoil a good policy. With --kl-schedule linear max_kl falls
+to 0 over the run, as PPO's learning rate does. This is not in the paper.
+
 Three forms:
 - Constrained, mean KL (the default): as above. One chooses how far the policy moves.
 - Constrained, maximum KL (--kl-constraint max): max_kl bounds the KL in every state of the batch. This is nearer to the

@@ -106,8 +106,10 @@ FLAGS += [clip("ppo_clip.py --num-envs 64 --num-steps 32", "--num-envs", 64, "--
 FLAGS += [klpen("ppo_klpen.py --beta-schedule fixed", "--beta-schedule", "fixed")]
 FLAGS += [trpo("trpo_continuous.py --gamma 0.99", "--gamma", 0.99)]
 STEADY = [of(s.script)(f"{s.script} --steady-obs", "--steady-obs") for s in V4]
-SHRINKING = [trpo("trpo_continuous.py --kl-schedule linear", "--kl-schedule", "linear")]
-PENDULUMS = [clip("ppo_clip.py"), trpo("trpo_continuous.py"), *BASELINES[:2], STEADY[2]]
+LINEAR = ("--kl-schedule", "linear")
+FALLING = [trpo("trpo_continuous.py --kl-schedule linear", *LINEAR)]
+FALLING += [trpo("trpo_continuous.py --kl-schedule linear --steady-obs", *LINEAR, "--steady-obs")]
+PENDULUMS = [clip("ppo_clip.py"), trpo("trpo_continuous.py"), *BASELINES[:2], STEADY[2], *FALLING]
 LIMITS = [clip("bootstrapped")]
 LIMITS += [Setting("time limit taken as the end", "ppo_clip.py", (), "reproduce:{}-terminal-v0")]
 IPPO, ONE = ("--algorithm", "ippo"), ("--num-minibatches", 1)
@@ -127,7 +129,7 @@ STUDIES = {
     "v5": Study("the same on the environments of version 5", V4, V5, 10),
     "v4-flags": Study("the same with other flags", FLAGS, MUJOCO, 5),
     "steady": Study("observations in a steady scale", STEADY, MUJOCO, 10),
-    "shrinking": Study("TRPO with a bound that shrinks", SHRINKING, MUJOCO, 10),
+    "kl-schedule": Study("TRPO, a bound that falls to 0", FALLING, MUJOCO, 10),
     "cartpole": Study("Discrete actions", [clip("ppo_clip.py")], ("CartPole-v1",), 10, 200_000),
     "ppo-table1": Study("PPO paper, Table 1: eleven objectives", TABLE1, SEVEN),
     "figure3": Study("PPO paper, Figure 3: PPO-clip and TRPO", [clip("PPO (clip)"), trpo("TRPO")], SEVEN),

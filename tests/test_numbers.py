@@ -132,6 +132,42 @@ def test_a_steady_scale():
     assert [x > 0 for x, _ in apart] == [True, True, False]
 
 
+def test_a_bound_that_falls():
+    """On the pendulums; on v4's environments beside the default and beside sb3-contrib, over the seeds that both have;
+    and whether Hopper has more anywhere else on the page."""
+    linear = "trpo_continuous.py --kl-schedule linear"
+    double, single = plot.STUDIES["pendulums"].envs
+    text = (
+        f"On the double pendulum TRPO ends at {mean('pendulums', linear, double)} with it, on average of three seeds,"
+    )
+    text += f" not at {mean('pendulums', 'trpo_continuous.py', double)}. On InvertedPendulum it ends at "
+    text += f"{statistics.fmean(ends('pendulums', linear, single)):.1f}, not at "
+    text += f"{mean('pendulums', 'trpo_continuous.py', single)}: the usual"
+    assert text in page("results.md"), text
+    assert ends("pendulums", f"{linear} --steady-obs", single) == [1000] * 3
+    text = f"the two flags together end at {mean('pendulums', f'{linear} --steady-obs', double)}, and why"
+    assert text in page("results.md"), text
+    for name, what in ((linear, "`--kl-schedule linear`"), (f"{linear} --steady-obs", "with `--steady-obs`")):
+        for other, less in (("trpo_continuous.py", "the default"), ("sb3-contrib TRPO", "sb3-contrib's")):
+            apart = [difference(name, other, env, "kl-schedule") for env in plot.STUDIES["v4"].envs]
+            cells = " | ".join(f"{x:.0f} ± {error:.0f}" for x, error in apart)
+            assert f"| {what}, less {less} | {cells} |" in page("results.md"), cells
+    hopper = {}
+    for study in plot.STUDIES:
+        for (setting, env), found in plot.returns(study, RESULTS).items():
+            if env == "Hopper-v4":
+                hopper[setting] = statistics.fmean(found.values())
+    assert max(hopper, key=hopper.get) == f"{linear} --steady-obs"
+    assert f"With both flags TRPO's {max(hopper.values()):.0f} on Hopper is the highest" in page("results.md")
+    low = {True: [], False: []}
+    for study in ("v4", "steady", "kl-schedule"):
+        for (setting, env), found in plot.returns(study, RESULTS).items():
+            if setting.startswith("trpo") and env == "HalfCheetah-v4":
+                low["--steady-obs" in setting] += [x < 2000 for x in found.values()]
+    text = f"{sum(low[True])} of {len(low[True])} runs end below 2000, and without it {sum(low[False])} of "
+    assert text + f"{len(low[False])} of the same seeds." in page("results.md"), text
+
+
 def test_a_learning_rate_that_follows_the_kl():
     words = []
     for env in plot.STUDIES["kl-adaptive-lr"].envs:
@@ -261,7 +297,8 @@ def test_fresh_episodes():
 
 def difference(setting, baseline, env, study="v4"):
     """The mean difference over the seeds that both have, seed by seed, and its standard error."""
-    ours, theirs = plot.returns(study, RESULTS)[setting, env], plot.returns("v4-baselines", RESULTS)[baseline, env]
+    others = plot.returns("v4-baselines", RESULTS) | plot.returns("v4", RESULTS)
+    ours, theirs = plot.returns(study, RESULTS)[setting, env], others[baseline, env]
     more = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     return statistics.fmean(more), statistics.stdev(more) / len(more) ** 0.5
 

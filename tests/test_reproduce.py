@@ -235,6 +235,7 @@ def test_the_committed_tables_are_those_of_the_stored_data(tmp_path):
             assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
             if study in ("v4", "v4-baselines"):
                 assert (results / f"{study}.seeds.md").read_text() == plot.seeds_table(study, results) + "\n"
+            if (results / f"{study}.fresh.csv").exists():
                 assert (results / f"{study}.fresh.md").read_text() == plot.fresh_table(study, results) + "\n"
             assert all(list(row) == list(reproduce.COLUMNS) for rows in runs.values() for row in rows)
     assert (results / "selfplay.md").read_text() == plot.selfplay(results) + "\n"
