@@ -31,9 +31,9 @@ F has a row and a column for every parameter and is never formed: conjugate grad
 Why a line search. Both approximations hold only nearby. So s, c s, c^2 s, ... are tried on the true L and the true KL.
 The first that raises L and keeps the bound is taken. If none does, the policy stays as it is.
 
-Why the bound may fall. A step has its full length however small the gradient is. Once there is little left to gain,
-the advantages are mostly noise, and full steps along noise spoil a good policy. With --kl-schedule linear max_kl falls
-to 0 over the run, as PPO's learning rate does. This is not in the paper.
+Why the bound may fall. A step has its full length however small the gradient is. Where little is left to gain, such
+steps can spoil a good policy. With --kl-schedule linear max_kl falls to 0 over the run, as PPO's learning rate does.
+This is not in the paper, and no cure: of two pendulums one ended higher with it, the other far lower (docs/results.md).
 
 Three forms:
 - Constrained, mean KL (the default): as above. One chooses how far the policy moves.
@@ -119,7 +119,7 @@ class Args:
     """Trust Region Policy Optimization. Defaults are common implementations'; the comments name the paper's values."""
 
     env_id: str = "Hopper-v4"  # gymnasium id, also my_module:MyEnv-v0; Box actions
-    total_timesteps: int = 1_000_000  # environment steps of the whole run
+    total_timesteps: int = 1_000_000  # environment steps of the whole run; --kl-schedule is a function of it
     seed: int = 1  # all randomness of the run follows from it
     cuda: bool = False  # train on the GPU (with 64-64 networks and few environments a CPU core is faster)
     compile: bool = True  # torch.compile the critic's update; by default only where it pays, from 200 000 steps
@@ -478,6 +478,7 @@ def policy_step(theta, solve, look, max_kl, beta, args):
         "improvement_ratio": report["improvement"] / (expected or 1.0),  # 0, not 0 / 0, if nothing moved
         "gradient_norm": gradient_norm,
         "cg_residual": residual.norm().item() / (gradient_norm or 1.0),
+        "max_kl": max_kl,
         "beta": beta,
         "beta_star": beta_star.item(),
     }
@@ -1123,7 +1124,7 @@ def parse_args(argv) -> Args:
         (not args.evaluate, evaluation, "goes with --evaluate"),
         (constrained, {"beta", "beta_schedule"}, "goes with --form penalized"),
         (not constrained, {"kl_constraint"}, "goes with --form constrained"),
-        (not constrained and not adaptive, {"max_kl", "kl_schedule"}, "goes with a bound or an adaptive beta"),
+        (not constrained and not adaptive, {"max_kl"}, "goes with --form constrained or --beta-schedule adaptive"),
     )
     for when, flags, what in useless:
         for flag in sorted(given & flags) if when else ():
@@ -1147,6 +1148,8 @@ def check_args(args):
         raise UserError(f"{batch} samples do not divide into {args.num_minibatches} minibatches")
     if args.backtrack_coeff >= 1:
         raise UserError(f"--backtrack-coeff {args.backtrack_coeff} must be smaller than 1")
+    if args.kl_schedule == "linear" and args.form == "penalized" and args.beta_schedule == "fixed":
+        raise UserError("--kl-schedule linear goes with --form constrained or --beta-schedule adaptive")
     if args.total_timesteps < batch:
         raise UserError(f"--total-timesteps is shorter than one iteration of {batch} steps")
     if args.cuda and not args.evaluate and not torch.cuda.is_available():

@@ -328,7 +328,7 @@ DEFAULTS = {
 }
 DEFAULTS["trpo_continuous"] |= {"beta_schedule": "fixed", "cg_iters": 10, "cg_damping": 0.1, "fvp_subsample": 1}
 DEFAULTS["trpo_continuous"] |= {"backtrack_coeff": 0.8, "backtrack_iters": 10, "vf_epochs": 20}
-DEFAULTS["trpo_continuous"] |= {"vf_learning_rate": 1e-3}
+DEFAULTS["trpo_continuous"] |= {"vf_learning_rate": 1e-3, "kl_schedule": "constant"}
 MINIBATCH = {"ppo_clip": 64, "ppo_klpen": 64, "trpo_continuous": 128}
 
 
