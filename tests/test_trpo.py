@@ -370,7 +370,7 @@ def test_the_report_of_a_step():
         "cg_residual": residual.norm() / g.norm(), "gradient_norm": g.norm(),
         "improvement": surrogate - old, "kl": kl.mean(), "kl_max": kl.max(),
         "improvement_ratio": (surrogate - old) / (g @ moved), "beta": 1.0,
-        "beta_star": (x @ (g - residual) / 0.02).sqrt(),
+        "beta_star": (x @ (g - residual) / 0.02).sqrt(), "max_kl": 0.01,
     }  # fmt: skip
     for key, value in expected.items():
         assert report[key] == pytest.approx(float(value), rel=1e-3), key
@@ -462,7 +462,7 @@ def test_what_is_not_finite_is_rejected(bad, flags):
 
 def test_a_rejected_step_is_logged_and_leaves_the_policy(tmp_path, monkeypatch):
     """In a whole run whose every candidate is refused the policy stays as it was initialised; the critic learns."""
-    monkeypatch.setattr(trpo, "acceptable", lambda numbers, beta, args: False)
+    monkeypatch.setattr(trpo, "acceptable", lambda *args: False)
     table = run(tmp_path, "a")
     assert set(table["line_search_step"]) == {-1} and set(table["kl"]) == {0}
     trained = trpo.load_checkpoint(tmp_path / "a")["agent"]
