@@ -459,7 +459,7 @@ def acceptable(report, max_kl, beta, args):
 def policy_step(theta, solve, look, max_kl, beta, args):
     """One step of TRPO on the whole batch (its section 6 and App. C). It overwrites theta (K,), the vector in which the
     policy's parameters lie. solve() is natural_gradient at theta, look(candidate) surrogate_and_kl at a candidate (K,).
-    Returns what is logged, by name."""
+    max_kl is this iteration's bound in nats, beta the price of the KL. Returns what is logged, by name."""
     # The direction x = F^-1 g.
     old_surrogate, g, x, residual = solve()
 
