@@ -32,7 +32,7 @@ Departures from the paper; the first two matter most (Engstrom et al. 2020, Andr
 - A time limit does not end the task: V of the last state stands for the rewards that would have followed.
 - 8 environments x 256 steps replace the paper's 1 x 2048: the same batch, collected in parallel.
 
-    python ppo_clip.py --env-id Hopper-v4                               # 1M steps: one to two minutes
+    python ppo_clip.py --env-id Hopper-v4                               # 1M steps: one to three minutes
     python ppo_clip.py --resume runs/Hopper-v4__ppo_clip__1__DATE       # goes on from its last checkpoint
     python ppo_clip.py --evaluate runs/Hopper-v4__ppo_clip__1__DATE     # without noise; prints one line of JSON
     python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # Discrete actions work, too

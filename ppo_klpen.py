@@ -37,7 +37,7 @@ Departures from the paper:
 - Scaling, initialisation, normalised advantages and the falling learning rate are those of ppo_clip.py, so that the
   objective is the only difference. As the rate goes to 0 the KL does, too, and beta follows it down.
 
-    python ppo_klpen.py --env-id Hopper-v4                              # 1M steps: one to two minutes
+    python ppo_klpen.py --env-id Hopper-v4                              # 1M steps: one to three minutes
     python ppo_klpen.py --env-id Hopper-v4 --beta-schedule fixed        # the price stays 1
     python ppo_klpen.py --resume runs/Hopper-v4__ppo_klpen__1__DATE     # goes on from its last checkpoint
     python ppo_klpen.py --evaluate runs/Hopper-v4__ppo_klpen__1__DATE   # without noise; prints one line of JSON
