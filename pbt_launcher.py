@@ -23,12 +23,12 @@ A *leg* is what one member trains between two decisions. It is a pure function: 
 checkpoint and a score come out. The launcher knows nothing of a script's algorithm, only what all scripts share: train,
 evaluate, parse_args, and flags like --resume, --stop-at-step and --run-dir. A leg that is lost is run once more; a
 member that fails twice becomes a copy. Every event is a line in RUN_DIR/events.jsonl; all that the launcher knows
-follows from them. So --resume goes on after any crash, with the same decisions in --mode sync (unless other legs fail).
+follows from them. So --resume goes on after any crash, in --mode sync with the same decisions (if the same legs fail).
 
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/hopper --population 8 --slots 2 \\
         --mutate learning_rate:log:1e-5:1e-3 --mutate clip_coef:lin:0.1:0.4
     python pbt_launcher.py ppo_clip.py ... --resume              # the same command goes on where it was interrupted
-    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: only who fails twice becomes a copy
+    python pbt_launcher.py ppo_clip.py ... --quantile 0          # random search: nobody copies but who failed twice
     python pbt_launcher.py ppo_clip.py --env-id Hopper-v4 --run-dir pbt/again --replay pbt/hopper --seed 101
     python pbt_launcher.py ppo_clip.py ... -- --num-envs 16 --num-steps 128    # after --: flags for the script
 
@@ -39,7 +39,7 @@ whom, schedule.png what all have tried. PBT is greedy: what raises the score wit
 costs later, like a learning rate that falls too early. A longer interval looks further ahead, and decides less often.
 
 Departures from the paper: all members decide together, so that a seed fixes every decision (--mode async: one by one,
-as in the paper). The worst quarter copies the best quarter, not a fifth a fifth. A hyperparameter is perturbed or, with
+as in the paper). A quarter copies a quarter; in the paper it is a fifth. A hyperparameter is perturbed or, with
 probability 1/4, drawn anew; in the paper these are two strategies. A score is of a leg's last 100 episodes, not 10.
 """
 
@@ -89,7 +89,6 @@ class Args:
     score: Literal["training", "evaluation"] = "training"  # from the leg's own episodes, or fresh ones without noise
     eval_episodes: int = 10  # with --score evaluation: how many; they have the same seed for all members
     quantile: float = 0.25  # the bottom fraction copies from the top one; 0: random search
-    selection: Literal["truncation", "tournament"] = "truncation"  # tournament: each meets one other, drawn at random
     warmup: int = 0  # before this step only failed members become copies; early scores tell little
     min_gap: float = 0.0  # replace a member only if the other's score is higher by more than this
     resample_probability: float = 0.25  # explore: the chance of a draw from the prior instead of times 0.8 or 1.2
@@ -97,7 +96,7 @@ class Args:
 
     slots: int = 2  # legs that run at the same time
     gpus: str | None = None  # e.g. 0,1: spread the slots over these devices; the script still needs -- --cuda
-    leg_timeout: float = 14400.0  # seconds until a leg counts as hung; later 5 times the median (at least 60), if less
+    leg_timeout: float | None = None  # seconds until a leg counts as hung (default: 4 hours, later 5 times the median)
     executor: Literal["local", "ray"] = "local"  # ray (optional package): slots are actors on a Ray cluster
     ray_address: str | None = None  # HOST:PORT of a running cluster (default: start one on this machine)
     num_cpus: float = 1.0  # with --executor ray: CPUs of a slot
@@ -118,12 +117,12 @@ def ranked(scores):
 
 def exploit(scores, args, rng):
     """Who copies whom: {loser: donor}. scores: {member: score}. A member with None is left alone, as nothing is known
-    of it: it has ended no leg since it began or became a copy, or no episode ended in its leg (it may just do well). Of
-    one that has failed twice, decide makes a copy."""
+    of it: it has ended no leg since it began or became a copy, or no episode ended in its leg (it may just do well). A
+    member that has failed twice is replaced in decide()."""
     if args.quantile == 0 or args.replay:  # random search, or a schedule that is known
         return {}
     scores = {m: x for m, x in scores.items() if x is not None}
-    copies = tournament(scores, rng) if args.selection == "tournament" else truncation(scores, args.quantile, rng)
+    copies = truncation(scores, args.quantile, rng)
     # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap. Nobody
     # copies an equal: once a task is solved, all scores are equal, and copies would only destroy variety.
     return {m: donor for m, donor in copies.items() if scores[donor] - scores[m] > args.min_gap}
@@ -135,16 +134,6 @@ def truncation(scores, quantile, rng):
     order = ranked(scores)
     k = min(math.ceil(len(order) * quantile), len(order) // 2)  # an end is at most a half, so nobody is in both
     return {m: order[rng.integers(k)] for m in sorted(order[len(order) - k :])}
-
-
-def tournament(scores, rng):
-    """Binary tournament (paper, section 4.3): each member meets another, drawn at random, and copies it if that one is
-    better, unless that one is itself about to copy. This is softer than truncation: a middling member may be copied,
-    and even the worst may stay as it is."""
-    others = {m: [o for o in sorted(scores) if o != m] for m in sorted(scores)}
-    rivals = {m: those[rng.integers(len(those))] for m, those in others.items() if those}  # none, if it is alone
-    copies = {m: rival for m, rival in rivals.items() if scores[rival] > scores[m]}
-    return {m: donor for m, donor in copies.items() if donor not in copies}
 
 
 @dataclass(frozen=True)
@@ -236,7 +225,8 @@ def train(args):
         slots = [LocalSlot(i, args) for i in range(count)] if args.executor == "local" else ray_slots(args, count)
         at_the_end.callback(lambda: [slot.kill() for slot in slots])
         check_flags(population, slots[0], signals)
-        at_the_end.enter_context(population)
+        if not signals:
+            at_the_end.enter_context(population)
         while population.active() and not signals:
             for slot in slots:
                 if slot not in running and slot.available() and (startable := population.startable(running.values())):
@@ -334,10 +324,10 @@ class Population:
         return leg, request
 
     def time_limit(self):
-        """Seconds after which a leg counts as hung. Legs take about equally long, so one that has run for five times
-        the median is stuck, not slow. Before any has finished, only --leg-timeout can tell."""
+        """Seconds after which a leg counts as hung. Legs usually take about equally long, so one that has run for five
+        times the median, and for a minute, is stuck, not slow. Before any has finished, nobody can tell."""
         seconds = [leg["seconds"] for leg in self.legs.values()]
-        return min(self.args.leg_timeout, max(60.0, 5 * statistics.median(seconds)) if seconds else math.inf)
+        return self.args.leg_timeout or (max(60.0, 5 * statistics.median(seconds)) if seconds else 4 * 3600.0)
 
     def due(self):
         """The members to decide about (`ready` in the paper): those that wait. In sync mode none, until all do, so that
@@ -478,9 +468,12 @@ def read_events(folder):
     content = path.read_bytes() if path.exists() else b""
     content = content[: content.rfind(b"\n") + 1]
     try:
-        return [json.loads(line) for line in content.splitlines()], len(content)
+        events = [json.loads(line) for line in content.splitlines()]
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    if not all(isinstance(event, dict) and "event" in event for event in events):
+        raise UserError(f"{path} is not of {SCRIPT}.py")
+    return events, len(content)
 
 
 def load_population(folder):
@@ -562,23 +555,30 @@ class Script:
 
 
 def check_flags(population, slot, signals):
-    """Let the script itself read the flags of a first leg, before anything is written: with both ends of each prior,
-    since a bound that it refuses might be drawn only after hours, and with the first draws. This happens in a slot, as
+    """Let the script itself read the flags of a first leg, before anything is written: with the first draws, and with
+    both ends of each prior, since a bound that it refuses might be drawn only after hours. This happens in a slot, as
     the launcher's own machine may lack what legs need, such as a GPU. Raises UserError."""
-    trials = []
-    for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
-        trials += [(f"--mutate {text}: ", {h.name: x}) for x in h.choices or (h.inside(h.low), h.inside(h.high))]
-    trials += [("", m.hyper) for m in population.members.values()]
-    for culprit, hyper in trials:
-        while not slot.available() and not signals:
-            time.sleep(0.01)
-        slot.start({"check": population.next_leg(replace(population.members[0], hyper=hyper))[1]["train"]})
-        deadline = time.monotonic() + population.args.leg_timeout
-        while (answer := slot.poll()) is None and not signals:
+
+    def wait(for_what, asked):
+        deadline = time.monotonic() + population.time_limit()
+        while not (answer := asked()) and not signals:
             if time.monotonic() > deadline:
-                raise UserError(f"{population.args.script} does not answer (see --leg-timeout)")
+                raise UserError(f"{for_what} (see --leg-timeout)")
             time.sleep(0.01)
-        if answer and "error" in answer:
+        return answer or {}
+
+    first = population.members[0]
+    trials = [("", m.hyper) for m in population.members.values()]
+    for text, h in zip(population.args.mutate, population.hyperparameters, strict=True):
+        ends = h.choices or (h.inside(h.low), h.inside(h.high))
+        trials += [(f"--mutate {text}: ", first.hyper | {h.name: x}) for x in ends]
+    for culprit, hyper in trials:
+        wait("no slot is free", slot.available)
+        if signals:
+            return
+        slot.start({"check": population.next_leg(replace(first, hyper=hyper))[1]["train"]})
+        answer = wait(f"{population.args.script} does not answer", slot.poll)
+        if "error" in answer:
             raise UserError(culprit + answer["error"])
 
 
@@ -818,8 +818,9 @@ def parse_args(argv) -> Args:
     args = replace(cli(argv[:split]), script_flags=argv[split + 1 :])
     if args.replay:  # its schedule is stored here, since the population there may go on, or be deleted
         other = load_population(args.run_dir if args.resume else args.replay)
-        if args.mutate or args.interval != other.args.interval:
-            raise UserError(f"--replay {args.replay} needs --interval {other.args.interval}, and no --mutate")
+        if args.mutate or (args.interval, args.total_timesteps) != (other.args.interval, other.args.total_timesteps):
+            same = f"--interval {other.args.interval} and --total-timesteps {other.args.total_timesteps}"
+            raise UserError(f"--replay {args.replay} needs {same}, and no --mutate")
         theirs = range(other.args.seed - args.population + 1, other.args.seed + other.args.population)
         if args.seed in theirs and not args.resume:
             raise UserError("--replay needs another --seed: with the winner's its luck would be repeated, too")
@@ -839,7 +840,7 @@ def check_args(args):
             raise UserError(f"--{key.replace('_', '-')} {x} must be {bounds}, and at most {high}")
     if not Path(args.script).is_file() or not args.script.endswith(".py"):
         raise UserError(f"there is no script {args.script}, or it is no .py file")
-    copying = ("selection", "quantile", "warmup", "min_gap", "resample_probability")
+    copying = ("quantile", "warmup", "min_gap", "resample_probability")
     useless = (  # when, which flags, and what to say of them
         (args.executor != "local", ("gpus",), "goes with --executor local"),
         (args.executor != "ray", ("ray_address", "num_cpus", "num_gpus"), "goes with --executor ray"),
@@ -850,6 +851,8 @@ def check_args(args):
         for name in names if when else ():
             if getattr(args, name) != getattr(Args, name):
                 raise UserError(f"--{name.replace('_', '-')} {what}")
+    if max(args.interval, args.warmup) >= args.total_timesteps and args.quantile and not args.replay:
+        raise UserError("no decision falls before --total-timesteps: see --interval and --warmup, or give --quantile 0")
     names = [Hyperparameter.parse(text).name for text in args.mutate]
     names += [x.split("=")[0][2:].replace("-", "_") for x in args.script_flags if x.startswith("--")]
     for name in names:
@@ -861,8 +864,11 @@ def check_folder(args):
     """The folder must be unused or, with --resume, hold this population. Raises UserError."""
     if args.resume:
         for key, stored in vars(load_population(args.run_dir).args).items():
-            if key not in PROCESS_ONLY and stored != (here := getattr(args, key)):
-                flag = f"--{key.replace('_', '-')}"
+            here = getattr(args, key)
+            if key == "script":  # whose folder may have moved
+                here, stored = Path(here).name, Path(stored).name
+            if key not in PROCESS_ONLY and here != stored:
+                flag = f"--{key.replace('_', '-')}" if key != "script" else "the script"
                 raise UserError(f"--resume: {flag} is {here} here, but {stored} in {args.run_dir}")
     elif any(event["event"] == "leg" for event in read_events(args.run_dir)[0]):
         raise UserError(f"{args.run_dir} holds a population: go on with --resume, or choose another --run-dir")
@@ -876,7 +882,9 @@ def main(argv=None) -> int:
         check_folder(args)
         result = train(args)
         if result["signal"]:
-            say(f"to go on:    python {SCRIPT}.py {shlex.join(['--resume', *(x for x in argv if x != '--resume')])}")
+            if Path(args.run_dir, "events.jsonl").exists():  # else it was stopped before anything was written
+                rest = shlex.join(["--resume", *(x for x in argv if x != "--resume")])
+                say(f"to go on:    python {SCRIPT}.py {rest}")
         elif result["leg"]:
             say(f"to evaluate: python {args.script} --evaluate {shlex.quote(result['best'])}")
         show(json.dumps(result), sys.stdout)

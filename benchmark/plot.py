@@ -1,6 +1,6 @@
 """Tables and figures from the stored data alone, in seconds.
 
-    python benchmark/plot.py v4                 # a study of reproduce.py: its table (STUDY.md) and figure (STUDY.png)
+    python benchmark/plot.py v4                 # a study of reproduce.py: its tables (STUDY.md) and figure (STUDY.png)
     python benchmark/plot.py learning-curves    # the figure of the first page
     python benchmark/plot.py klpen-beta         # KL and beta of ppo_klpen.py over a run
     python benchmark/plot.py statistics         # what running statistics alone do to a policy
@@ -16,6 +16,7 @@ The intervals of ppo-table1 and pbt need scipy: pip install -r benchmark/require
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,6 +46,26 @@ FIGURE3 = {  # PPO paper, Figure 3 (v1): the curves' ends, as Tianshou's authors
 }  # fmt: skip
 
 
+GAMMA, STEADY, LINEAR = "trpo_continuous.py --gamma 0.99", "--steady-obs", "trpo_continuous.py --kl-schedule linear"
+LESS = {  # differences that a study is for: a row's name, a setting of the study, another study and its setting
+    "v4": [
+        ("ppo_clip.py, less Stable-Baselines3 PPO", "ppo_clip.py", "v4-baselines", "Stable-Baselines3 PPO"),
+        ("ppo_klpen.py, less Stable-Baselines3 PPO", "ppo_klpen.py", "v4-baselines", "Stable-Baselines3 PPO"),
+        ("trpo_continuous.py, less sb3-contrib TRPO", "trpo_continuous.py", "v4-baselines", "sb3-contrib TRPO"),
+    ],
+    "v4-flags": [(f"{GAMMA}, less sb3-contrib TRPO", GAMMA, "v4-baselines", "sb3-contrib TRPO")],
+    "steady": [
+        (f"`{STEADY}` less the default: {script}", f"{script} {STEADY}", "v4", script)
+        for script in ("ppo_clip.py", "ppo_klpen.py", "trpo_continuous.py")
+    ],
+    "kl-schedule": [
+        ("`--kl-schedule linear`, less the default", LINEAR, "v4", "trpo_continuous.py"),
+        ("both flags, less the default", f"{LINEAR} {STEADY}", "v4", "trpo_continuous.py"),
+        ("both flags, less `--steady-obs` alone", f"{LINEAR} {STEADY}", "steady", f"trpo_continuous.py {STEADY}"),
+    ],
+}
+
+
 # ---- studies of reproduce.py -----------------------------------------------------------------------------------------
 
 
@@ -69,26 +90,29 @@ def normalised(found, envs):
     return {setting: dict(zip(seeds, row)) for setting, row in zip(settings, scores.tolist())}
 
 
-def interval(values):
-    """95 % interval of the mean by Student's t, as text. A bootstrap of three values would give only their range, which
-    is too narrow."""
+def students(values):
+    """95 % interval of the mean by Student's t. A bootstrap of three values would give only their range, which is too
+    narrow."""
     from scipy.stats import t
 
-    if len(values) < 2:
-        return ""
     mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    digits = 2 if abs(mean) < 100 else 0
-    return " to ".join(f"{mean + error * x:.{digits}f}" for x in t.interval(0.95, len(values) - 1))
+    return [mean + error * x for x in t.interval(0.95, len(values) - 1)]
 
 
-def cell(values):
+def interval(values):
+    """The same as text; empty for a single value."""
+    digits = 2 if abs(statistics.fmean(values)) < 100 else 0
+    return " to ".join(f"{x:.{digits}f}" for x in students(values)) if len(values) > 1 else ""
+
+
+def cell(values, number=True):
     """Mean ± standard deviation over seeds (and their number), as text."""
     if not values:
         return ""
     mean = statistics.fmean(values)
     digits = 0 if abs(mean) >= 100 else 1
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{spread} ({len(values)})"
+    return f"{mean:.{digits}f}{spread}" + f" ({len(values)})" * number
 
 
 def table(study, results):
@@ -106,23 +130,44 @@ def table(study, results):
     heads = [f"{env}, {step or what.steps:,} steps" if what.at else env for env in envs for step in found]
     rows = []
     for setting in settings:
-        cells = [cell(found[step].get((setting, env), {}).values()) for env in envs for step in found]
+        cells = [cell(found[step].get((setting, env), {}).values(), not scores) for env in envs for step in found]
         if scores:
             x = list(scores[setting].values())
-            cells += [f"{statistics.fmean(x):.2f} ({interval(x)})", f"{PAPER[setting]:.2f}"]
+            cells = [f"{PAPER[setting]:.2f}", f"{statistics.fmean(x):.2f} ({interval(x)})", *cells]
         rows.append([setting, *cells])
     if study == "figure3":
         rows += [[f"the paper's {setting}", *(ends[env] for env in envs)] for setting, ends in FIGURE3.items()]
-    return markdown(["setting", *heads, *(["normalised (95 % interval)", "paper"] if scores else [])], rows)
+    if scores:
+        heads = ["paper", "here (95 % interval)", *(env.removesuffix("-v4") for env in envs)]
+    return markdown(["setting", *heads], rows)
+
+
+def difference(found, others):
+    """What the returns {seed: return} have more than others, over the seeds that both have: mean ± its standard
+    error (and the number of seeds), as text."""
+    more = [x - others[seed] for seed, x in found.items() if seed in others]
+    mean, error = statistics.fmean(more), statistics.stdev(more) / len(more) ** 0.5
+    digits = 0 if max(map(abs, found.values())) >= 100 else 1
+    return f"{mean:.{digits}f} ± {error:.{digits}f} ({len(more)})"
+
+
+def less_table(study, results):
+    """The differences that a study is for, seed by seed."""
+    envs, rows = STUDIES[study].envs, []
+    for name, setting, other_study, other in LESS[study]:
+        found, others = returns(study, results), returns(other_study, results)
+        rows.append([name, *(difference(found[setting, env], others[other, env]) for env in envs)])
+    return markdown(["seed by seed, ± standard error (seeds)", *envs], rows)
 
 
 def seeds_table(study, results):
     """Every seed's return, for the studies of ten seeds."""
-    seeds = range(1, STUDIES[study].seeds + 1)
-    rows = [
-        [f"{setting}, {env}", *(f"{values[seed]:.0f}" if seed in values else "" for seed in seeds)]
-        for (setting, env), values in sorted(returns(study, results).items())
-    ]
+    seeds, found, rows = range(1, STUDIES[study].seeds + 1), returns(study, results), []
+    for env in STUDIES[study].envs:
+        for setting in STUDIES[study].settings:
+            if values := found.get((setting.name, env)):
+                cells = [f"{values[seed]:.0f}" if seed in values else "" for seed in seeds]
+                rows.append([f"{setting.name}, {env}", *cells])
     return markdown(["seed", *map(str, seeds)], rows)
 
 
@@ -146,7 +191,8 @@ LABELS = {
 
 
 def mean_and_band(axis, runs, colour, label, quantity="episodic_return", step="step", standard_error=False, alpha=0.15):
-    """Mean over several runs, which are lists of rows, and their range or the mean's standard error. Grey is dashed."""
+    """Mean over several runs, which are lists of rows, and their range or the mean's standard error. Greys, which are
+    the baselines', are dashed."""
     runs = [np.array([(row[step], row[quantity]) for row in rows], float).T for rows in runs]
     steps = min((x[0] for x in runs), key=lambda steps: steps[-1])
     y = np.array([np.interp(steps, *x) for x in runs])
@@ -154,7 +200,7 @@ def mean_and_band(axis, runs, colour, label, quantity="episodic_return", step="s
     if standard_error:
         error = y.std(0, ddof=1) / len(y) ** 0.5
         low, high = mean - error, mean + error
-    axis.plot(steps, mean, color=colour, label=label, ls="--" if colour == "0.5" else "-")
+    axis.plot(steps, mean, color=colour, label=label, ls="--" if colour.startswith("0.") else "-")
     axis.fill_between(steps, low, high, color=colour, alpha=alpha, lw=0)
 
 
@@ -163,9 +209,13 @@ def runs(*folders):
     Writes runs.png into the present folder."""
     found = {}  # {env: {script: lists of rows}}
     for folder in map(Path, folders):
+        if not (folder / "args.json").exists():
+            sys.exit(f"{folder} is not the folder of a run: it has no args.json")
         env, script = json.loads((folder / "args.json").read_text())["env_id"], next(folder.glob("*.py")).stem
-        rows = [row for row in csv_rows(folder / "progress.csv") if row["episodic_return"] != "nan"]
-        found.setdefault(env, {}).setdefault(script, []).extend([rows] if rows else [])
+        if rows := [row for row in csv_rows(folder / "progress.csv") if row["episodic_return"] != "nan"]:
+            found.setdefault(env, {}).setdefault(script, []).append(rows)
+    if not found:
+        sys.exit("no episode has ended in these runs")
     scripts = sorted({script for by_script in found.values() for script in by_script})
     size = (5 * len(found), 4)
     figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
@@ -178,20 +228,26 @@ def runs(*folders):
     figure.savefig("runs.png", dpi=110)
 
 
+def in_thousands(steps, _):
+    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps else "0"
+
+
 def curves(study, results):
     """One panel per environment: mean over seeds of every setting, and the range of its seeds. figure3: dashed, where
-    the paper's curve ends. kl-adaptive-lr: below it the KL, its target dashed, and the learning rate."""
+    the paper's curve ends. kl-adaptive-lr: below it the KL, its target dashed, and the learning rate. pendulums: first
+    the four codes, below them the other flags of TRPO."""
     runs, settings = read(study, results), [s.name for s in STUDIES[study].settings]
     envs = [env for env in STUDIES[study].envs if any(e == env for _, e, _ in runs)]
     quantities = list(LABELS) if study == "kl-adaptive-lr" else ["episodic_return"]
-    panels = [(quantity, env) for quantity in quantities for env in envs]
+    groups = [settings[:4], [settings[1], *settings[4:]]] if study == "pendulums" else [settings]
+    panels = [(group, quantity, env) for group in groups for quantity in quantities for env in envs]
     columns = min(4, len(envs))
-    rows = -(-len(panels) // columns)
+    rows, drawn = -(-len(panels) // columns), {}  # drawn: the legend
     size = (4.2 * columns + 2 * (len(panels) == rows * columns), 3.2 * rows)  # an empty panel has room for the legend
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, (quantity, env) in zip(axes.flat, panels, strict=False):
-        for i, setting in enumerate(settings):
-            colour = f"C{i}" if i < 10 else "k"
+    for axis, (group, quantity, env) in zip(axes.flat, panels, strict=False):
+        for setting in group:
+            colour = f"C{settings.index(setting)}"
             if seeds := [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]:
                 mean_and_band(axis, seeds, colour, setting, quantity)
             if study == "figure3":
@@ -200,21 +256,52 @@ def curves(study, results):
             axis.set_ylim(-20, -3)
             axis.text(0.5, 0.05, "the paper's TRPO ends at -115", transform=axis.transAxes, fontsize=8, ha="center")
         if quantity == "kl":
-            axis.axhline(0.01, color="k", ls="--", lw=1)
+            axis.axhline(0.01, color="k", ls="--", lw=1, label="--kl-lr-target")
         if quantity != "episodic_return":
             axis.set_yscale("log")
         axis.set_title(env, fontsize=10)
         axis.locator_params(axis="x", nbins=4)
+        axis.xaxis.set_major_formatter(in_thousands)
+        drawn |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         if axis in axes[:, 0]:
             axis.set_ylabel(LABELS[quantity], fontsize=9)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
-    legend = axes[0, 0].get_legend_handles_labels()
+    legend = list(drawn.values()), list(drawn)
     if len(panels) < rows * columns:
         axes.flat[-1].legend(*legend, fontsize=9, loc="center")
     else:
         figure.legend(*legend, fontsize=8, loc="outside right upper")
     figure.supxlabel("environment steps", fontsize=9)
+    figure.savefig(results / f"{study}.png", dpi=100)
+
+
+def table1(study, results):
+    """PPO's Table 1 as a picture. Left: each objective's normalised score and its interval, and the paper's. Then each
+    environment: one dot a seed, a bar at their mean."""
+    found, envs, names = returns(study, results), STUDIES[study].envs, list(PAPER)
+    scores, rows = normalised(found, envs), range(len(names))
+    widths = {"width_ratios": [2.5, *(1 for _ in envs)]}
+    figure, (left, *others) = plt.subplots(1, 1 + len(envs), figsize=(15, 4), sharey=True, gridspec_kw=widths)
+    means = [statistics.fmean(scores[name].values()) for name in names]
+    low, high = zip(*(students(list(scores[name].values())) for name in names), strict=True)
+    left.hlines(rows, low, high, "C0", lw=2, label="95 % interval over seeds")
+    left.plot(means, rows, "o", color="C0", label="here")
+    left.plot(PAPER.values(), rows, "D", mfc="none", color="k", label="in the paper")
+    left.set(title="score, mean of the seven", yticks=rows, yticklabels=names, xlim=(-0.5, 1.2))
+    left.invert_yaxis()
+    left.legend(loc="center left", fontsize=8)
+    for axis, env in zip(others, envs, strict=True):
+        for row, name in enumerate(names):
+            values = list(found[name, env].values())
+            axis.plot(values, [row] * len(values), ".", color="C0", alpha=0.6)
+            axis.plot(statistics.fmean(values), row, "|", color="C0", markersize=12, mew=2)
+        axis.set_title(env.replace("InvertedDouble", "Inverted\nDouble"), fontsize=10)
+        axis.locator_params(axis="x", nbins=2)
+    for axis in (left, *others):
+        axis.grid(axis="y", lw=0.4)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
     figure.savefig(results / f"{study}.png", dpi=100)
 
 
@@ -255,10 +342,11 @@ def klpen_beta():
 
 
 def learning_curves():
-    """The first page's figure: the three scripts and Stable-Baselines3's PPO, mean and standard error over seeds. The
-    marks at the right edge are where the PPO paper's curves end."""
+    """The first page's figure: the three scripts and the baselines, mean and standard error over seeds. The marks at
+    the right edge are where the PPO paper's curves end."""
     runs = read("v4", RESULTS) | read("v4-baselines", RESULTS)
-    lines = {"ppo_clip.py": "C0", "ppo_klpen.py": "C1", "trpo_continuous.py": "C2", "Stable-Baselines3 PPO": "0.5"}
+    lines = {"ppo_clip.py": "C0", "ppo_klpen.py": "C1", "trpo_continuous.py": "C2"}
+    lines |= {"Stable-Baselines3 PPO": "0.6", "sb3-contrib TRPO": "0.2"}
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
     for axis, env in zip(axes, STUDIES["v4"].envs, strict=True):
         for setting, colour in lines.items():
@@ -267,7 +355,8 @@ def learning_curves():
         for setting, colour in (("PPO (clip)", "C0"), ("TRPO", "C2")):
             label = f"end of the paper's {setting.split()[0]}"
             axis.plot(1.03e6, FIGURE3[setting][env], "<", color=colour, clip_on=False, label=label)
-        axis.set(title=env, xlim=(0, 1.05e6), xticks=(0, 5e5, 1e6), xticklabels=("0", "500k", "1M"), ylim=(-300, None))
+        axis.set(title=env, xlim=(0, 1.05e6), xticks=(0, 5e5, 1e6), ylim=(-300, None))
+        axis.xaxis.set_major_formatter(in_thousands)
     axes[0].set_ylabel("return of the last 100 episodes")
     axes[1].set_xlabel("environment steps")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -358,7 +447,7 @@ def notes():
     middle.set(title="J along one TRPO update", xlabel="multiple of the step taken", ylim=(min(J) - 1, max(J) * 1.5))
     right.plot(scales, L - L[zero], label="surrogate L - L_old")
     expected = report["improvement"] / report["improvement_ratio"]
-    right.plot(scales, expected * scales, "--", lw=1, label="its linear model g's")
+    right.plot(scales, expected * scales, "--", lw=1, label="its linear model, gᵀs")
     right.plot(scales, kl, label="mean KL(old||new)")
     inside = scales[kl <= args.max_kl]
     right.axvspan(inside.min(), inside.max(), color="0.9", label=f"trust region, KL <= {args.max_kl}")
@@ -378,7 +467,7 @@ def statistics_runs(quantity, results):
     return {key: np.array(values) for key, values in runs.items()}
 
 
-def statistics_alone(results):
+def draw_statistics(results):
     """A solved policy that nobody trains any more, while its running statistics go on. Draws its falls, and the KL
     between the policy before and after each rollout's statistics (thin: one seed; thick: the median). Returns a table
     of all falls."""
@@ -403,9 +492,9 @@ def statistics_alone(results):
     return markdown(["falls in 150 rollouts, by seed", *map(str, seeds)], rows)
 
 
-def populations(results):
+def populations_table(results):
     """A markdown table of what PBT and random search have found, for each environment and length that is stored: see
-    reproduce.comparison. Intervals are over populations."""
+    reproduce.populations. Then differences, population by population. Intervals are over populations."""
     arms = {
         "pbt": "PBT, best member, 50 fresh episodes",
         "random": "random search, best member, 50 fresh episodes",
@@ -415,12 +504,24 @@ def populations(results):
         "constant": "the setting of random search's winner, the same new seeds, training return",
         "defaults": "defaults, the same new seeds, training return",
     }
+    pairs = {
+        ("pbt", "random"): "PBT less random search, best member",
+        ("pbt_members", "random_members"): "PBT less random search, all members",
+        ("replay", "defaults"): "the schedule less the defaults",
+        ("replay", "constant"): "the schedule less the constant setting",
+    }
     tables = []
     for path in sorted(results.glob("pbt_*_*.json")):
         _, env, steps = path.stem.split("_")
-        stored, rows = json.loads(path.read_text()), []
-        for arm, name in arms.items():
-            if x := [float(np.nanmean(row[arm])) for row in stored if arm in row]:
+        found, rows = {}, []  # found: {arm: {repetition: mean over its members}}
+        for row in json.loads(path.read_text()):
+            for arm in arms.keys() & row.keys():
+                found.setdefault(arm, {})[row["repetition"]] = float(np.nanmean(row[arm]))
+        for one, other in pairs:
+            both = found.get(one, {}).keys() & found.get(other, {}).keys()
+            found[one, other] = {n: found[one][n] - found[other][n] for n in sorted(both)}
+        for arm, name in (arms | pairs).items():
+            if x := list(found.get(arm, {}).values()):
                 rows.append([name, f"{np.mean(x):.0f}", interval(x), ", ".join(f"{v:.0f}" for v in x)])
         head = [f"{env}, {int(steps):,} steps a member", "mean", "95 % interval", "by population"]
         tables.append(markdown(head, rows, words=(2, 3)))
@@ -471,7 +572,7 @@ def selfplay(results):
 
 def main():
     names = {"learning-curves": learning_curves, "klpen-beta": klpen_beta, "notes": notes, "film": film, "runs": runs}
-    tables = {"pbt": populations, "selfplay": selfplay, "statistics": statistics_alone}
+    tables = {"pbt": populations_table, "selfplay": selfplay, "statistics": draw_statistics}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*names, *STUDIES, *tables], metavar="NAME", help="what to draw: see above")
     parser.add_argument("folders", nargs="*", metavar="RUN", help="run folders, for film and runs")
@@ -485,14 +586,18 @@ def main():
     if name in names:
         names[name](*args.folders)
         return
+    if name in STUDIES and not read(name, results):
+        parser.error(f"nothing is stored of {name} in {results}: see benchmark/reproduce.py {name}")
     text = tables[name](results) if name in tables else table(name, results)
     (results / f"{name}.md").write_text(text + "\n")
     if name in ("v4", "v4-baselines", "v5"):
         (results / f"{name}.seeds.md").write_text(seeds_table(name, results) + "\n")
+    if name in LESS and results == RESULTS:  # they need other studies, too
+        (results / f"{name}.less.md").write_text(less_table(name, results) + "\n")
     if (results / f"{name}.fresh.csv").exists():
         (results / f"{name}.fresh.md").write_text(fresh_table(name, results) + "\n")
     if name in STUDIES:
-        curves(name, results)
+        (table1 if name == "ppo-table1" else curves)(name, results)
     print(text)
 
 

@@ -8,12 +8,15 @@
     python benchmark/plot.py ppo-table1                    # the table and the figure, from the stored data
 
 A run that is finished is skipped, a broken one goes on from its checkpoint. benchmark/results/STUDY.csv.gz gets a run's
-rows (about 100 points) when it is done: script, setting, env, seed, step, episodic_return, kl, learning_rate.
-STUDY.json says with which versions and on which machine; where it is missing, the history of the file knows. What is
-stored is never run again, so a study can be carried from machine to machine; nor is a run that another study has
-already stored: it is copied. Let one process at a time run a study, since each writes the whole file. Runs of
-Stable-Baselines3 and sb3-contrib need the virtual environment that `benchmark/speed.py ppo` makes (.venv-sb3); broken
-ones begin again. A study runs on one machine; `--envs` with a `--results` of its own divides it.
+rows (at most 100 of them) when it is done: script, setting, env, seed, step, episodic_return, kl, learning_rate.
+STUDY.json says with which versions, from which commit and on which machine; where it is missing, the history of the
+file knows. What is stored is never run again, so a study can be carried from machine to machine; nor is a run that
+another study has already stored: it is copied. Let one process at a time run a study, since each writes the whole file.
+A study runs on one machine: spreading it over a Ray cluster was not built in. Runs of Stable-Baselines3 and sb3-contrib
+need a virtual environment of their own; broken ones begin again:
+
+    python3 -m venv .venv-sb3
+    .venv-sb3/bin/pip install -r requirements.txt stable-baselines3==2.9.2 sb3-contrib==2.9.2
 """
 
 import argparse
@@ -25,6 +28,7 @@ import gzip
 import importlib
 import io
 import json
+import math
 import os
 import platform
 import signal
@@ -215,11 +219,11 @@ def origins(study, results):
 
 
 def store(study, results, setting, env, seed, progress, origin=None):
-    """Add a finished run, about 100 of its rows, the last one among them. Say with which versions it was made, if they
-    are not those of an earlier one. The same runs give the same bytes."""
+    """Add a finished run, at most 100 of its rows, the last one among them. Say with which versions it was made, if
+    they are not those of an earlier one. The same runs give the same bytes."""
     run = {"script": setting.script, "setting": setting.name, "env": env, "seed": seed}
     measured = ("episodic_return", "kl", "learning_rate")
-    points = progress[:: -max(1, len(progress) // 100)][::-1]
+    points = progress[:: -max(1, -(-len(progress) // 100))][::-1]
     rows = [run | {"step": row["global_step"]} | {key: row.get(key, "") for key in measured} for row in points]
     runs = read(study, results) | {(setting.name, env, seed): rows}
     packed = io.BytesIO()
@@ -233,9 +237,18 @@ def store(study, results, setting, env, seed, progress, origin=None):
     replace(results / f"{study}.csv.gz", packed.getvalue())
     if origin is None:
         python = SB3_PYTHON if setting.script == SB3 else sys.executable
-        origin = {"date": str(datetime.date.today()), "cpu": cpu_name()} | versions(python)
+        origin = here(python)
     known = [x for x in origins(study, results) if x and x != origin] + [origin]
     replace(results / f"{study}.json", (json.dumps(known, indent=1) + "\n").encode())
+
+
+def here(python):
+    """The date, this checkout's commit, the machine, and the versions of an interpreter's packages."""
+    git, found = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], {"date": str(datetime.date.today())}
+    with contextlib.suppress(OSError):  # there may be no git
+        run = subprocess.run(git, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        found["commit"] = run.stdout.strip()
+    return found | {"cpu": cpu_name()} | versions(python)
 
 
 def versions(python):
@@ -333,7 +346,7 @@ class Run:
         flags = ["--env-id", self.setting.env.format(self.env), "--seed", self.seed, "--total-timesteps", self.steps]
         if self.setting.script == SB3:
             if not SB3_PYTHON.exists():
-                sys.exit(f"{self.setting.name} needs {SB3_PYTHON}, which benchmark/speed.py ppo makes")
+                sys.exit(f"{self.setting.name} needs {SB3_PYTHON}: see the head of this file")
             program = [SB3_PYTHON, "-W", "ignore", ROOT / SB3, *self.setting.flags]
             return [*program, *flags, "--csv", self.folder / "progress.csv", "--fresh", FRESH]
         program = [sys.executable, ROOT / self.setting.script, "--num-workers", 0]  # a run a core
@@ -405,12 +418,88 @@ def reproduce(name, study, workers, results, folder, stop=()):
 
 SEARCH = ("--mutate", "learning_rate:log:3e-5:3e-3", "--mutate", "clip_coef:lin:0.05:0.4")
 SEARCH += ("--mutate", "ent_coef:log:1e-5:1e-2", "--mutate", "gae_lambda:log:0.9:0.99")
-POPULATION, LEGS, REPLAYS = 8, 20, 10
+POPULATION, LEGS, REPLAYS = 8, 20, 2
+STAGES = ("pbt", "random"), ("replay", "constant", "defaults")
 
 
 def output(*command):
+    """What a command prints. A signal to this process goes on to it, and ends both."""
     print(" ".join(map(str, command)), flush=True)
-    return subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    process = subprocess.Popen(  # in a session of its own, or Ctrl-C would reach it twice, and the second one kills
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, lambda number, frame: process.send_signal(number)) for number in numbers]
+    text, _ = process.communicate()
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    if process.returncode:
+        sys.exit(process.returncode)  # it has said why
+    return text
+
+
+def populations(envs, steps, repetitions, slots, results, folder):
+    """Does Population Based Training help ppo_clip.py? The population is the unit: a repetition has one of each kind.
+
+    First PBT and random search (quantile 0: the same code, first draws and seeds), with the same number of environment
+    steps: the best member on fresh episodes with the mean action. Then, to tell a good schedule from a lucky member,
+    new seeds for three ways to train alone: with the schedule of PBT's winner (--replay), with the constant setting of
+    random search's winner, and with the script's default flags.
+
+    Some five hours of two cores for both environments of the study. What is stored at any moment can be published: each
+    way of a repetition when it is done, with the population's events, so another machine may train the second stage."""
+    for ways in STAGES:
+        for repetition in range(repetitions):
+            for env in envs:
+                path = results / f"pbt_{env}_{steps}.json"
+                rows = json.loads(path.read_text()) if path.exists() else []
+                if any("made" not in row for row in rows):
+                    sys.exit(f"{path} is of an older version: give --results a folder of its own")
+                row = next((row for row in rows if row["repetition"] == repetition), None)
+                if row is None:
+                    row = {"repetition": repetition, "population": POPULATION, "total_timesteps": steps}
+                    rows.append(row)
+                for way in ways:
+                    if way not in row:
+                        train_way(way, row, env, slots, results, folder / f"{env}-{steps}")
+                        row["made"] = here(sys.executable)
+                        replace(path, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def train_way(way, row, env, slots, results, folder):
+    """Train one way of a repetition, and add what it reached to the row. Goes on where it was broken off."""
+    seed, steps, number = 1000 * (row["repetition"] + 1), row["total_timesteps"], row["repetition"]
+    where, alone = folder / f"{way}-{number}", way not in STAGES[0]
+    flags = {"pbt": SEARCH, "random": (*SEARCH, "--quantile", 0), "defaults": ("--quantile", 0)}
+    if way == "constant":
+        setting = [f"--{name.replace('_', '-')}={x}" for name, x in row["random_best"].items()]
+        flags["constant"] = ("--quantile", 0, "--", *setting)
+    if way == "replay":
+        other = folder / f"pbt-{number}"
+        if not (other / "events.jsonl").exists():  # it was trained elsewhere
+            other.mkdir(parents=True)
+            stored = (results / f"pbt_{env}_{steps}.pbt-{number}.gz").read_bytes()
+            (other / "events.jsonl").write_bytes(gzip.decompress(stored))
+        flags["replay"] = ("--replay", other)
+    begun = (where / "events.jsonl").exists()
+    command = [ROOT / "pbt_launcher.py", ROOT / "ppo_clip.py", "--env-id", env, "--run-dir", where]
+    command += ["--seed", seed + 100 * alone, "--population", REPLAYS if alone else POPULATION]  # members' count up
+    command += ["--slots", slots, "--total-timesteps", steps, "--interval", steps // LEGS]
+    output(*command, *(["--resume"] if begun and legs(where) else []), *flags[way])
+    last = {leg["member"]: leg["score"] for leg in legs(where)}
+    copied = {copy["member"] for event in events(where) for copy in event.get("copies", ())} if way != "pbt" else ()
+    # nan: no episode ended in its last leg; or it failed twice, and is a copy of another one
+    scores = [math.nan if last[m] is None or m in copied else last[m] for m in sorted(last)]
+    if alone:
+        row[way] = scores
+        return
+    evaluation = ["--evaluate", where / "best.pt", "--eval-episodes", FRESH, "--seed", seed + 500]
+    row[way] = json.loads(output(ROOT / "ppo_clip.py", *evaluation))["mean"]
+    row[f"{way}_members"] = scores
+    best = max((leg for leg in legs(where) if leg["score"] is not None), key=lambda leg: leg["score"])
+    row[f"{way}_best"] = best["hyper"]
+    packed = gzip.compress((where / "events.jsonl").read_bytes(), mtime=0)
+    replace(results / f"pbt_{env}_{steps}.{way}-{number}.gz", packed)
 
 
 def events(folder):
@@ -421,51 +510,6 @@ def events(folder):
 def legs(folder):
     """Its finished legs."""
     return [event for event in events(folder) if event["event"] == "leg"]
-
-
-def populations(env, steps, repetitions, slots, results, folder):
-    """Does Population Based Training help ppo_clip.py? Some five hours of two cores for each environment."""
-    path = results / f"pbt_{env}_{steps}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    for repetition in range(len(rows), repetitions):
-        rows.append(comparison(env, steps, repetition, slots, folder / f"{env}-{steps}"))
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def comparison(env, steps, repetition, slots, folder):
-    """One population of each kind: the population is the unit.
-
-    PBT and random search (quantile 0: the same code, first draws and seeds) take the same number of environment steps.
-    Of each, the best member on fresh episodes with the mean action. Then, to tell a good schedule from a lucky member,
-    new seeds for three ways to train alone: with the schedule of PBT's winner (--replay), with the constant setting of
-    random search's winner, and with the script's default flags."""
-    seed, folders = 1000 * (repetition + 1), {}  # members' seeds count up from it
-    row = {"repetition": repetition, "population": POPULATION, "total_timesteps": steps}
-
-    def train(arm, seed, members, *flags):
-        """A population of ppo_clip.py, to its end; goes on where it was broken off. Returns every member's mean
-        training return over its last leg; nan where no episode ended in it."""
-        where = folders[arm] = folder / f"{arm}-{repetition}"
-        command = [ROOT / "pbt_launcher.py", ROOT / "ppo_clip.py", "--env-id", env, "--run-dir", where]
-        command += ["--seed", seed, "--population", members, "--slots", slots, "--total-timesteps", steps]
-        output(*command, "--interval", steps // LEGS, *(["--resume"] if legs(where) else []), *flags)
-        if arm != "pbt" and any(event.get("copies") for event in events(where)):
-            sys.exit(f"{where}: a member failed and became a copy, so they are not independent: delete this folder")
-        last = {leg["member"]: leg["score"] for leg in legs(where)}
-        return [float("nan") if last[m] is None else last[m] for m in sorted(last)]
-
-    for arm, flags in (("pbt", ()), ("random", ("--quantile", 0))):
-        members = train(arm, seed, POPULATION, *SEARCH, *flags)
-        evaluation = ["--evaluate", folders[arm] / "best.pt", "--eval-episodes", FRESH, "--seed", seed + 500]
-        row[arm] = json.loads(output(ROOT / "ppo_clip.py", *evaluation))["mean"]
-        row[f"{arm}_members"] = members
-    best = max((leg for leg in legs(folders["random"]) if leg["score"] is not None), key=lambda leg: leg["score"])
-    constant = [f"--{name.replace('_', '-')}={x}" for name, x in best["hyper"].items()]
-    alone = {"replay": ("--replay", folders["pbt"]), "constant": ("--quantile", 0, "--", *constant)}
-    alone["defaults"] = ("--quantile", 0)
-    for arm, flags in alone.items():
-        row[arm] = train(arm, seed + 100, REPLAYS, *flags)
-    return row
 
 
 # ---- running statistics ----------------------------------------------------------------------------------------------
@@ -522,16 +566,19 @@ def main():
     args = parser.parse_args()
     if args.list or not args.study:
         for name, study in STUDIES.items():
-            runs = len(study.runs())
-            hours = runs * study.steps / STEPS_PER_SECOND / 3600
-            print(f"{name:16}{study.what}: {runs} runs of {study.steps} steps, some {hours:.1f} core hours")
+            runs, stored = len(study.runs()), len(read(name, args.results))
+            hours = (runs - stored) * study.steps / STEPS_PER_SECOND / 3600
+            rest = f"; the rest takes some {hours:.1f} core hours" if stored < runs else ""
+            print(f"{name:16}{study.what}: {stored} of {runs} runs of {study.steps:,} steps are stored{rest}")
+        print("pbt             Population Based Training against random search: see docs/pbt_launcher.md")
+        print("statistics      what running statistics alone do to a policy: four minutes")
         return 0
     if any(x is not None and x < 1 for x in (args.workers, args.seeds, args.steps)):
         parser.error("--workers, --seeds and --steps must be 1 or more")
     args.results.mkdir(parents=True, exist_ok=True)
     if args.study == "pbt":
-        for env in args.envs or ("Hopper-v4", "Walker2d-v4"):
-            populations(env, args.steps or 1_000_000, args.seeds or 5, args.workers, args.results, args.run_dir / "pbt")
+        envs = args.envs or ("Hopper-v4", "Walker2d-v4")
+        populations(envs, args.steps or 1_000_000, args.seeds or 5, args.workers, args.results, args.run_dir / "pbt")
         return 0
     if args.study == "statistics":
         statistics_alone(args.results, args.run_dir, args.seeds or 8)

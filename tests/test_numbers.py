@@ -448,16 +448,6 @@ def test_what_self_play_reaches():
     assert round(5e6 / speed / 60) == 9  # minutes
 
 
-def test_populations_in_pairs():
-    rows, text = stored("pbt_Hopper-v4_200000"), []
-    for one, other in (("pbt", "random"), ("pbt_members", "random_members"), ("replay", "defaults")):
-        pairs = [[statistics.fmean(x) if isinstance(x, list) else x for x in (row[one], row[other])] for row in rows]
-        apart = [a - b for a, b in pairs]
-        text.append(f"{statistics.fmean(apart):.0f} ({plot.interval(apart)})")
-    whole = "PBT less random search is {} for the best member and {} for all members;"
-    assert f"{whole} the schedule less the defaults is {{}}.".format(*text) in page("pbt_launcher.md")
-
-
 def test_mirror_images():
     row = next(row for row in stored("selfplay_study") if row["variant"] == "nomirror")
     low, high = (100 * row["one_ply"][kind]["mirrored"] for kind in ("own", "random"))

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import gzip
 import importlib
 import json
@@ -158,17 +159,77 @@ def test_a_short_trial_does_not_count_as_the_study(tmp_path):
 
 @pytest.mark.slow
 def test_populations_are_compared(tmp_path, monkeypatch):
-    """The whole study, small: two populations of two members, then three ways to train one member alone."""
+    """The whole study, small: two populations of two members, then three ways to train one member alone, which another
+    machine does: all it has is what the first stage has stored."""
     for name, value in (("POPULATION", 2), ("LEGS", 2), ("REPLAYS", 1)):
         monkeypatch.setattr(reproduce, name, value)
-    reproduce.populations("Pendulum-v1", 8192, 1, 2, tmp_path, tmp_path / "runs")
-    (row,) = json.loads((tmp_path / "pbt_Pendulum-v1_8192.json").read_text())
+    path, study = tmp_path / "pbt_Pendulum-v1_8192.json", (["Pendulum-v1"], 8192, 1, 2, tmp_path, tmp_path / "runs")
+    for stages in (reproduce.STAGES[:1], reproduce.STAGES):
+        with monkeypatch.context() as patch:
+            patch.setattr(reproduce, "STAGES", stages)
+            patch.setattr(reproduce, "train_way", functools.partial(trained_on_a_bare_machine, reproduce.train_way))
+            reproduce.populations(*study)
+        (row,) = json.loads(path.read_text())
+        assert ("replay" in row) == (len(stages) == 2) and row["made"]["torch"] and "commit" in row["made"]
     assert all(-2000 < row[arm] < 0 for arm in ("pbt", "random"))
     lengths = {"pbt_members": 2, "random_members": 2, "replay": 1, "constant": 1, "defaults": 1}
     assert {arm: len(row[arm]) for arm in lengths} == lengths
-    legs = {path.name: len(reproduce.legs(path)) for path in (tmp_path / "runs/Pendulum-v1-8192").iterdir()}
-    assert legs == {"pbt-0": 4, "random-0": 4, "replay-0": 2, "constant-0": 2, "defaults-0": 2}
-    assert f"| PBT, best member, 50 fresh episodes | {row['pbt']:.0f} |" in plot.populations(tmp_path)
+    folder = tmp_path / "runs/Pendulum-v1-8192"
+    legs = {way: reproduce.legs(folder / f"{way}-0") for ways in reproduce.STAGES for way in ways}
+    assert {way: len(x) for way, x in legs.items()} == {
+        "pbt": 4,
+        "random": 4,
+        "replay": 2,
+        "constant": 2,
+        "defaults": 2,
+    }
+    assert legs["constant"][0]["hyper"] == {} and set(row["random_best"]) == {
+        "learning_rate", "clip_coef", "ent_coef", "gae_lambda"
+    }  # fmt: skip
+    winner = max(legs["pbt"], key=lambda leg: leg["score"])
+    assert legs["replay"][-1]["hyper"] == winner["hyper"] == row["pbt_best"]
+    assert f"| PBT, best member, 50 fresh episodes | {row['pbt']:.0f} |" in plot.populations_table(tmp_path)
+    assert "| the schedule less the constant setting |" in plot.populations_table(tmp_path)
+    monkeypatch.setattr(reproduce, "output", None)
+    reproduce.populations(*study)  # what is stored is not run again
+
+
+def trained_on_a_bare_machine(train_way, way, row, env, slots, results, folder):
+    if way == "replay":
+        shutil.rmtree(folder / "pbt-0")
+    train_way(way, row, env, slots, results, folder)
+    if way == "pbt":
+        assert (results / f"pbt_{env}_{row['total_timesteps']}.pbt-0.gz").exists()
+
+
+def test_a_member_that_became_a_copy_has_no_score_of_its_own(tmp_path, monkeypatch):
+    lines = [{"event": "leg", "member": m, "score": s, "hyper": {}} for m, s in ((0, 1.0), (1, 2.0), (2, None))]
+    lines += [{"event": "decide", "members": [1], "copies": [{"member": 1, "donor": 0}]}]
+    (tmp_path / "defaults-0").mkdir()
+    (tmp_path / "defaults-0/events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(reproduce, "output", lambda *command: None)
+    row = {"repetition": 0, "total_timesteps": 2000}
+    reproduce.train_way("defaults", row, "Hopper-v4", 1, tmp_path, tmp_path)
+    assert str(row["defaults"]) == "[1.0, nan, nan]"
+
+
+@pytest.mark.slow
+def test_a_signal_goes_on_to_the_launcher(tmp_path):
+    command = ["pbt", "--envs", "Pendulum-v1", "--steps", "400000", "--seeds", "1", "--workers", "1"]
+    command += ["--results", str(tmp_path / "results"), "--run-dir", str(tmp_path / "runs")]
+    program = [sys.executable, str(ROOT / "benchmark/reproduce.py"), *command]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: list((tmp_path / "runs").glob("pbt/*/pbt-0/m*/progress.csv")), process)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and "to go on:" in err and "Traceback" not in err
+    assert not running(tmp_path)
+
+
+def test_a_study_of_an_older_version_is_not_mixed_with_todays(tmp_path):
+    (tmp_path / "pbt_Hopper-v4_2000.json").write_text('[{"repetition": 0, "pbt": 1}]')
+    with pytest.raises(SystemExit, match="is of an older version"):
+        reproduce.populations(["Hopper-v4"], 2000, 1, 1, tmp_path, tmp_path)
 
 
 def test_time_limits_become_ends():
@@ -222,26 +283,45 @@ def test_statistics_alone(tmp_path):
         ("usual", "1", "1"), ("usual", "1", "2"), ("usual", "1", "3"), ("steady", "1", "1")
     ]  # fmt: skip
     assert len(rows) == 12 and rows[0]["falls"] == rows[3]["falls"] and rows[0]["kl"] != rows[3]["kl"]
-    table = plot.statistics_alone(tmp_path)
+    table = plot.draw_statistics(tmp_path)
     assert table.splitlines()[0].endswith("| 1 | 2 |") and (tmp_path / "statistics.png").exists()
 
 
 def test_the_committed_tables_are_those_of_the_stored_data(tmp_path):
     results = ROOT / "benchmark/results"
     shutil.copy(results / "statistics.csv.gz", tmp_path)
-    assert (results / "statistics.md").read_text() == plot.statistics_alone(tmp_path) + "\n"
+    assert (results / "statistics.md").read_text() == plot.draw_statistics(tmp_path) + "\n"
     for study in reproduce.STUDIES:
         if runs := reproduce.read(study, results):
             assert (results / f"{study}.md").read_text() == plot.table(study, results) + "\n"
-            if study in ("v4", "v4-baselines"):
+            if study in plot.LESS:
+                assert (results / f"{study}.less.md").read_text() == plot.less_table(study, results) + "\n"
+            if study in ("v4", "v4-baselines", "v5"):
                 assert (results / f"{study}.seeds.md").read_text() == plot.seeds_table(study, results) + "\n"
             if (results / f"{study}.fresh.csv").exists():
                 assert (results / f"{study}.fresh.md").read_text() == plot.fresh_table(study, results) + "\n"
             assert all(list(row) == list(reproduce.COLUMNS) for rows in runs.values() for row in rows)
     assert (results / "selfplay.md").read_text() == plot.selfplay(results) + "\n"
-    assert (results / "pbt.md").read_text() == plot.populations(results) + "\n"
+    assert (results / "pbt.md").read_text() == plot.populations_table(results) + "\n"
     overhead = json.loads((results / "pbt_overhead.json").read_text())
     assert (results / "pbt_overhead.md").read_text() == speed.population_table(overhead) + "\n"
+
+
+def test_differences_of_a_worked_example():
+    """Over the seeds that both have: 10, 20 and 30 more, so 20 ± 10 / 3 ** 0.5."""
+    assert plot.difference({1: 110, 2: 120, 3: 130, 4: 9e9}, {1: 100, 2: 100, 3: 100, 5: 0}) == "20 ± 6 (3)"
+
+
+def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv, message in (
+        (["v4", "--results", "."], "nothing is stored of v4 in ."),
+        (["runs", "nosuch"], "nosuch is not the folder of a run"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            plot.main()
+        assert message in f"{stop.value}{capsys.readouterr().err}" and not list(tmp_path.iterdir())
 
 
 def test_settings_are_frozen_and_distinct():
@@ -271,12 +351,6 @@ def test_numbers_that_cannot_work_are_refused(flags, monkeypatch, capsys, tmp_pa
         reproduce.main()
     assert stop.value.code == 2 and "must be 1 or more" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_populations_that_are_stored_are_not_run_again(tmp_path):
-    (tmp_path / "pbt_Hopper-v4_4096.json").write_text('[{"repetition": 0}]')
-    reproduce.populations("Hopper-v4", 4096, 1, 1, tmp_path, tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_every_row_of_the_gpus_table_is_a_command_that_its_script_accepts():
