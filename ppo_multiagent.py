@@ -185,7 +185,7 @@ class RunningMeanStd(nn.Module):
 
         Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
         KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/results.md). steady: 0 stays at the mean of the first rows, and the unit,
+        overreacts and loses the pole (docs/pendulums.md). steady: 0 stays at the mean of the first rows, and the unit,
         once there is one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf

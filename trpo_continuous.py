@@ -33,7 +33,7 @@ The first that raises L and keeps the bound is taken. If none does, the policy s
 
 Why the bound may fall. A step has its full length however small the gradient is. Where little is left to gain, such
 steps can spoil a good policy. With --kl-schedule linear max_kl falls to 0 over the run, as PPO's learning rate does.
-This is not in the paper, and no cure: of two pendulums one ended higher with it, the other far lower (docs/results.md).
+This is not in the paper, and no cure: of two pendulums one ended higher, the other far lower (docs/pendulums.md).
 
 Three forms:
 - Constrained, mean KL (the default): as above. One chooses how far the policy moves.
@@ -177,7 +177,7 @@ class RunningMeanStd(nn.Module):
 
         Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
         KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/results.md). steady: 0 stays at the mean of the first rows, and the unit,
+        overreacts and loses the pole (docs/pendulums.md). steady: 0 stays at the mean of the first rows, and the unit,
         once there is one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf

@@ -51,13 +51,15 @@ def test_the_scores_of_the_first_page_are_those_of_the_stored_runs():
 def test_the_speeds_are_the_stored_ones(group):
     """Medians and ranges of the CPU's table, by the name of the contender."""
     stored, rows = json.loads((ROOT / f"benchmark/results/speed_{group}.json").read_text()), 0
+    baseline = statistics.median(run["sps"] for run in next(iter(stored.values())))
     if group == "trpo":
         del stored["bare environments, 1 core"]  # the table's are from the run beside PPO
     for line in TEXT["speed.md"].splitlines():
         name, *cells = (x.strip() for x in line.strip("| ").split(" | "))
-        if (name := name.replace(" (`--num-workers 0`)", "")) in stored:
+        if name in stored:
             sps = [run["sps"] for run in stored[name]]
             assert cells[:2] == [f"{statistics.median(sps):.0f}", f"{min(sps):.0f}-{max(sps):.0f}"], name
+            assert group == "teams" or cells[2] == f"{statistics.median(sps) / baseline:.2f}", name
             if "startup_s" in stored[name][0]:
                 other = [statistics.median(run[key] for run in stored[name]) for key in ("startup_s", "memory_mb")]
                 assert cells[-2:] == [f"{x:.0f}" for x in other], name
