@@ -7,7 +7,7 @@
 
 Several agents act at the same time, each on its own observation. For any one of them the others are a part of the
 world, and this part changes while they learn. PPO copes with that better than one would expect, perhaps because the
-clip also takes away the others' reason to change much at once. Each agent maximises what ppo_clip.py explains:
+clip keeps the others, too, from changing much at once. Each agent maximises what ppo_clip.py explains:
 
     L(theta) = mean over t, g of  min(r_t^g A_t^g, clip(r_t^g, 1-eps, 1+eps) A_t^g) - vf_coef (V - R)^2 + ent_coef H
 
@@ -20,7 +20,8 @@ What is special to several agents is where the advantages A_t^g come from, and w
     selfplay   One policy plays both sides of a zero-sum game, against itself and against its own past.
 
 mappo and ippo differ only in the critic's input. All agents share an actor and a critic, which see a one-hot agent id.
-With --no-share-params each has its own, with normalisers (but for the joint state's) and a gradient norm of its own.
+With --no-share-params each agent has its own networks, normalisers and gradient norm. Only the joint state's normaliser
+is common.
 
 What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for illegal
 actions and dead agents. Left out are recurrence, layer norm, the Huber loss and value clipping. Three things differ on
@@ -62,7 +63,6 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +72,7 @@ import torch
 import torch.nn as nn
 import tyro
 from torch._higher_order_ops.scan import scan
-from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.func import functional_call
 from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -207,8 +207,8 @@ class StackedMLP(nn.Module):
     """P networks of the same shape, stacked so that one product of matrices evaluates all of them. Each has two hidden
     ReLU layers. (..., G, inputs) -> (..., G, outputs). P = 1: one for all G agents; P = G: one each.
 
-    What is learned at one place of a board should be known at all. So a world may have windows (W, L): W groups of L
-    input indices, such as the lines of a board. The first layer then reads every group with the same weights, as a
+    What is learned at one place of a board should hold at every place. So a world may have windows (W, L): W groups of
+    L input indices, such as the lines of a board. The first layer then reads every group with the same weights, as a
     convolution does, and has hidden/8 features for each."""
 
     def __init__(self, P, inputs, hidden, outputs, output_gain, windows=None):
@@ -226,10 +226,12 @@ class StackedMLP(nn.Module):
                 nn.init.orthogonal_(weight, gain)
 
     def forward(self, x):
+        if self.windows is not None and x.dim() == 4:  # a rollout's windows are large: step by step they stay in cache
+            return torch.stack([self(x_t) for x_t in x])
         P, lead = len(self.weights[0]), x.shape[:-1]
         x = x.flatten(0, -2)[None] if P == 1 else x.flatten(0, -3).transpose(0, 1)  # (P, rows, inputs)
         if self.windows is not None:
-            x = x[..., self.windows]  # (P, rows, W, L)
+            x = x.gather(-1, self.windows.flatten().expand(*x.shape[:2], -1))  # (P, rows, W * L)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = x.relu() if i else x
             x = x.reshape(P, -1, weight.shape[1])  # (P, rows, n_in), in a layer with windows (P, rows * W, n_in)
@@ -370,7 +372,8 @@ class Team(nn.Module):
 # PPO's Algorithm 1, lines 2 and 3: the old policies act for T steps in N environments. A rollout is a dict of tensors:
 # the views before all steps, (T, N, ...) each; their successors, as next_obs and so on; action (T, N, G) or
 # (T, N, G, A); reward and terminated (T, N, G); over (T, N). Only policies are evaluated here. Values and
-# log-probabilities follow in one large batch (make_team_batch), since no parameter moves during a rollout.
+# log-probabilities follow in one large batch (make_team_batch), since no parameter moves during a rollout. Why many
+# copies at once? Each step then costs one product of matrices for all of them, and their samples have less in common.
 
 
 def empty_rollout(team, world, T, N):
@@ -428,7 +431,8 @@ class TeamEnvironments:
 # ==== Advantages, loss, update ========================================================================================
 #
 # From here on it is PPO, once for each learner: the same advantages, the same clip, the same Adam as in ppo_clip.py. A
-# sample counts only where its agent was alive. Each learner averages over its own samples and clips its own gradient.
+# sample counts only where its agent was alive. Each learner averages over its own samples and clips its own gradient,
+# so that learners who share nothing do not disturb each other either.
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -471,14 +475,14 @@ def make_team_batch(team, rollout, args):
         next_action[:-1][goes_on] = action[1:][goes_on]
     mean, std = team.value_scale()
     value, next_value = team.value(obs, state, action), team.value(next_obs, next_state, next_action)  # (T, N, G)
-    reward, pooled = rollout["reward"], {"sum": torch.sum, "mean": torch.mean}.get(args.team_reward)
-    if pooled:  # each agent gets the whole team's
-        reward = pooled(reward, -1, keepdim=True).expand_as(reward)  # (T, N, G)
+    reward, shared = rollout["reward"], {"sum": torch.sum, "mean": torch.mean}.get(args.team_reward)
+    if shared:  # each agent gets the whole team's
+        reward = shared(reward, -1, keepdim=True).expand_as(reward)  # (T, N, G)
     raw_value, next_raw_value = mean + std * value, mean + std * next_value  # in units of the reward, (T, N, G)
     advantage = gae(reward, raw_value, next_raw_value, rollout["terminated"], done, args.gamma, args.gae_lambda)
-    returns, parameters = advantage + raw_value, team.policy_parameters(obs, rollout["legal"])
+    returns = advantage + raw_value
     batch = {"obs": obs, "legal": rollout["legal"], "alive": rollout["alive"], "action": action}
-    batch |= {"old_policy": parameters, "logprob": team.distribution(parameters).log_prob(action)}
+    batch |= {"logprob": team.policy(obs, rollout["legal"]).log_prob(action)}
     batch |= {"advantage": advantage, "value": value, "return": (returns - mean) / std}
     batch |= {"state": state} if state is not None else {}
     return {key: x.flatten(0, 1) for key, x in batch.items()}, returns
@@ -536,26 +540,17 @@ def update_team(team, state, minibatch, coef, norm_adv):
     factor = (coef["max_grad_norm"] / (norm + 1e-6)).clamp(max=1)[:, None]
     grad = torch.cat([(x * factor).flatten() for x in parts])
     t, m, v = state["t"] + 1, state["m"].lerp(grad, 0.1), state["v"].lerp(grad.square(), 0.001)
-    step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
+    direction = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
     sums = state["sums"] + torch.stack([*logged.values(), norm.mean()])
-    return {"parameters": state["parameters"] - coef["learning_rate"] * step, "m": m, "v": v, "t": t, "sums": sums}
-
-
-@torch.no_grad()
-def team_kl(team, data):
-    """The exact KL(old||new) in nats, averaged over the batch's living agents, as a scalar tensor."""
-    old, new = data["old_policy"], team.policy_parameters(data["obs"], data["legal"])
-    if team.discrete:  # NOTE: by hand, since kl_divergence is inf where a probability is too small for a float
-        kl = (old.exp() * (old - new)).sum(-1)  # (B, G)
-    else:
-        kl = kl_divergence(team.distribution(old), team.distribution(new))
-    return (kl * data["alive"]).sum() / data["alive"].sum()
+    parameters = state["parameters"] - coef["learning_rate"] * direction
+    return {"parameters": parameters, "m": m, "v": v, "t": t, "sums": sums}
 
 
 # ==== Training ========================================================================================================
 #
 # PPO's Algorithm 1: collect with the old policies, estimate advantages, update, and again. All agents learn in the same
-# update, whether they share a network or not. Only self-play has something to do before: to choose the opponents.
+# update, whether they share a network or not: each sees the others change once an iteration, not in between. Self-play
+# first chooses the opponents.
 
 
 def train(args: Args) -> dict:
@@ -624,7 +619,6 @@ def train(args: Args) -> dict:
             for _ in range(args.update_epochs):
                 order.copy_(torch.randperm(B).view_as(order))
                 run_epoch()
-            kl = team_kl(team, data).item()
             if global_step > 0:
                 team.update_statistics(rollout, returns)
             global_step += B
@@ -632,7 +626,7 @@ def train(args: Args) -> dict:
             # ---- log, checkpoint -------------------------------------------------------------------------------------
             losses = dict(zip(names, (state["sums"] / (args.update_epochs * args.num_minibatches)).tolist()))
             value, target = (data[key][data["alive"] > 0] for key in ("value", "return"))
-            losses |= {"kl": kl, "explained_variance": 1 - ((target - value).var() / target.var()).item()}
+            losses |= {"explained_variance": 1 - ((target - value).var() / target.var()).item()}
             charts = {"learning_rate": coef["learning_rate"].item()} | actors.by_agent()
             run.log(global_step, B, charts | (pool.strength if pool else {}), losses)
             finished = global_step >= run.last_step or run.signal is not None
@@ -657,7 +651,7 @@ def train(args: Args) -> dict:
 class SelfPlay:
     """A two-player zero-sum game as a world with one agent. A step is the agent's ply (one player's move) and the
     opponent's reply. Each side sees the board from its own point of view. The reward is 1 for a win and -1 for a loss,
-    whoever made the last ply. The other player opens the next game: nobody has to pass, and the loser gets to begin."""
+    whoever made the last ply. Who did not make it opens the next game: so nobody has to pass, and a loser begins."""
 
     num_agents, OPPONENTS = 1, 8  # OPPONENTS: how many are met in one iteration
 
@@ -896,7 +890,7 @@ def make_world(args, num_envs, device):
     return WORLDS[args.env_id](num_envs, device) if args.env_id in WORLDS else PettingZoo(args)
 
 
-# ==== Plumbing, the same in every script. A reader who wanted the algorithm can stop here. ============================
+# ==== Plumbing: PettingZoo, and what every script has. A reader who wanted the algorithm can stop here. ===============
 
 
 class UserError(Exception):
@@ -971,8 +965,10 @@ class PettingZoo:
     are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
 
     def __init__(self, args, copies=1):
-        refused = (TypeError, AssertionError, ValueError) if args.env_kwargs != "{}" else ()  # for bad arguments
-        with named_failures(lambda: f"cannot make {args.env_id} with {args.env_kwargs}", (*MISTAKES, *refused)):
+        film = {"render_mode": "rgb_array"} if args.capture_video else {}
+        refused = (TypeError, AssertionError, ValueError) if film or args.env_kwargs != "{}" else ()  # bad arguments
+        what = f"cannot make {args.env_id} with {args.env_kwargs}{' and render_mode' if film else ''}"
+        with named_failures(lambda: what, (*MISTAKES, *refused)):
             try:
                 make = pkgutil.resolve_name(f"{args.env_id}.parallel_env")
             except (ImportError, AttributeError, ValueError) as error:
@@ -984,10 +980,11 @@ class PettingZoo:
                 raise UserError(text) from error
             if "mujoco" in args.env_id:
                 quiet_mujoco()
-            film = {"render_mode": "rgb_array"} if args.capture_video else {}
             self.envs = [make(**json.loads(args.env_kwargs), **film) for _ in range(copies)]
             self.views, env = [{}] * copies, self.envs[0]  # views: what each copy shows, numpy arrays without N
             self.names = list(env.possible_agents)
+            if not self.names:
+                raise UserError("it has no agents")
             self.spaces = [env.action_space(name) for name in self.names]
             self.obs_spaces = [self.seen(env.observation_space(name)) for name in self.names]
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in self.spaces)
@@ -995,7 +992,7 @@ class PettingZoo:
         if not (self.discrete or boxes):
             does = "this script does Discrete or bounded float Box"
             raise UserError(f"{args.env_id} has action spaces {self.spaces}; {does}")
-        if any(space.shape is None or len(space.shape) > 2 for space in self.obs_spaces):
+        if any(getattr(space, "shape", None) is None or len(space.shape) > 2 for space in self.obs_spaces):
             raise UserError(f"{args.env_id} has observations {self.obs_spaces}; this script is not for images or Dicts")
         widths = np.array([gym.spaces.flatdim(space) for space in self.spaces])
         self.num_agents, A = len(self.names), int(widths.max())
@@ -1008,7 +1005,8 @@ class PettingZoo:
             seen = [x[:n] for x, n in zip(self.views[0]["obs"], obs_dims)]
             with contextlib.suppress(NotImplementedError, AttributeError):
                 state = np.asarray(env.state(), np.float32).ravel()
-                self.has_state = not np.array_equal(state, np.concatenate(seen))  # most show all observations together
+                # Most show all observations together, and that we have already. Zeros alone do not tell.
+                self.has_state = not (state.any() and np.array_equal(state, np.concatenate(seen)))
             self.reset([0] * copies)
             self.state_dim = self.views[0]["state"].size
 
@@ -1024,17 +1022,17 @@ class PettingZoo:
             if name in obs:
                 x = checked(self.seen(obs[name]), space.shape, None if rewards is None else rewards.get(name, 0.0))
                 view["obs"][g, : gym.spaces.flatdim(space)] = gym.spaces.flatten(space, x)
-                own = obs[name] if isinstance(obs[name], dict) else infos.get(name, {})
+                own = infos.get(name, {}) | (obs[name] if isinstance(obs[name], dict) else {})
                 if self.discrete and np.any(own.get("action_mask", 0)):  # a mask that allows nothing is ignored
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
         env = self.envs[i]
+        alive = np.array([name in env.agents for name in self.names])
+        view["legal"][~alive, int(self.discrete) :] = False  # the dead always act alike: no noise for others' critics
         state = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
         if not np.isfinite(state).all():
             with np.printoptions(threshold=8):
                 raise RunFailed(f"state() returned {' '.join(str(state).split())}: not finite")
-        view["state"] = state
-        view["alive"] = np.array([name in env.agents for name in self.names], np.float32)
-        self.views[i] = view
+        self.views[i] = view | {"state": state, "alive": alive.astype(np.float32)}
 
     def begin(self, i, seed=None):
         self.at = i  # to be named if it fails
@@ -1228,7 +1226,9 @@ def accelerated(args, update, agent, state, data, order, *operands):
         if args.compile and not args.cuda:  # the loop, too, is part of the graph: 98 us a minibatch instead of 165
             new, _ = scan(lambda state, index: (minibatch_update(state, index), index[0].clone()), state, order)
         else:
-            new = reduce(minibatch_update, order, state)
+            new = state
+            for index in order:
+                new = minibatch_update(new, index)
         for key, x in new.items():
             state[key].copy_(x)
 
@@ -1247,9 +1247,9 @@ def compiled(function, cuda):
     """torch.compile(function) as one graph, gradient included. It compiles when it is first called."""
     import torch._inductor.config as config  # here, because it is slow to import
 
-    if not cuda:
-        config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
-        config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
+    # On the CPU a pool of compiler processes would take longer to start than it saves, and C++ calls the kernels.
+    config.compile_threads = config.decide_compile_threads() if cuda else 1
+    config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # which cannot in a loop
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
@@ -1395,7 +1395,7 @@ class Run(contextlib.ExitStack):
             self.save(self.global_step, **self.adapted)  # a crash at any moment can be resumed
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
-            shutil.copy(__file__, self.dir)
+            shutil.copyfile(__file__, self.dir / Path(__file__).name)
         self.board = self.enter_context(SummaryWriter(self.dir, purge_step=self.global_step + 1))
         shown = {} if sys.stderr.isatty() else {"file": open(os.devnull, "w"), "mininterval": 10, "miniters": 1}
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
@@ -1578,10 +1578,11 @@ def main(argv) -> int:
         if not args.evaluate:
             path = Path(result["checkpoint"])
             run_dir = shlex.quote(str(path.parent if path.name == "checkpoint.pt" else path))
-            say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
+            script = shlex.quote(os.path.relpath(__file__))
+            say(f"to evaluate: python {script} --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
-            longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""
-            say(f"to go on:    python {SCRIPT}.py --resume {run_dir}{longer}")
+            longer = f" --total-timesteps {2 * result['global_step']}" if done else ""
+            say(f"to go on:    python {script} --resume {run_dir}{longer}")
             say(f"to plot:     tensorboard --logdir {run_dir}")
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
         show(json.dumps(result), sys.stdout)
