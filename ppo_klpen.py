@@ -70,7 +70,6 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -192,7 +191,7 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n if self.discrete else np.prod(action_space.shape))
-        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first all states are alike
+        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that it acts alike everywhere at first
         self.critic = mlp(obs_dim, 1, output_gain=1.0)
         if not self.discrete:
             # One free standard deviation per action dimension, the same in all states. One from a network could shrink
@@ -226,11 +225,10 @@ class Agent(nn.Module):
     def act(self, obs, noise):
         """Sample actions at raw observations (N, D). The caller draws the noise (N, A), so that a run's actions do not
         depend on how many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
-        parameters = self.policy_parameters(self.obs_rms(obs))
+        policy = self.policy(self.obs_rms(obs))
         if self.discrete:
-            return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
-        mean, log_std = parameters.chunk(2, -1)
-        return mean + log_std.exp() * noise
+            return (policy.logits + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
+        return policy.mean + policy.stddev * noise
 
     def update_statistics(self, rollout, steady=False):
         """Let a rollout's observations and discounted returns (T, N, ...) enter the running statistics."""
@@ -253,7 +251,7 @@ class Environments:
         self.old_agent, self.noise, self.rollout = old_agent, noise, rollout  # in memory that all processes share
         self.envs = [make_env(args.env_id) for _ in range(part.start, part.stop)]
         self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D), zeros until the first reset
-        self.discounted_return = np.zeros(len(self.envs))  # of the rewards so far: its scale is the rewards' scale
+        self.discounted_return = np.zeros(len(self.envs))  # of past rewards; as large as a return, and known at once
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
@@ -282,9 +280,8 @@ class Environments:
                 action[t] = self.old_agent.act(torch.from_numpy(all_obs), self.noise[t]).numpy()[self.part]
                 for i, x in enumerate(env_action(action[t], self.envs[0].action_space)):
                     self.at = self.part.start + i, t
-                    successor, reward[t, i], terminated[t, i], truncated, _ = self.envs[i].step(x)
-                    next_obs[t, i] = self.obs[i] = checked(successor, self.obs[i].shape, reward[t, i])
-                    done[t, i] = terminated[t, i] or truncated
+                    self.obs[i], reward[t, i], terminated[t, i], truncated = step(self.envs[i], x, self.obs[i].shape)
+                    next_obs[t, i], done[t, i] = self.obs[i], terminated[t, i] or truncated
                 discounted_return[t] = self.discounted_return = self.discounted_return * self.gamma + reward[t]
                 for i in np.flatnonzero(done[t]):
                     self.begin_episode(i, t)
@@ -374,9 +371,10 @@ def update(agent, state, minibatch, coef, norm_adv):
     norm = grad.norm()
     grad = grad * (coef["max_grad_norm"] / (norm + 1e-6)).clamp(max=1)
     t, m, v = state["t"] + 1, state["m"].lerp(grad, 0.1), state["v"].lerp(grad.square(), 0.001)
-    step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)  # 1e-5: the code released with the paper
+    direction = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)  # 1e-5: the code released with the paper
     sums = state["sums"] + torch.stack([*logged.values(), norm])
-    return {"parameters": state["parameters"] - coef["learning_rate"] * step, "m": m, "v": v, "t": t, "sums": sums}
+    parameters = state["parameters"] - coef["learning_rate"] * direction
+    return {"parameters": parameters, "m": m, "v": v, "t": t, "sums": sums}
 
 
 @torch.no_grad()
@@ -386,8 +384,9 @@ def mean_kl(agent, data):
 
 
 def adapted_learning_rate(learning_rate, kl, target, band):
-    """The next learning rate after an iteration that moved the policy by kl: halved if it moved too far, doubled if too
-    little, like PPO's beta (section 4), within [1e-5, 1e-2]. Without a band to rest in (band = 1) it never settles."""
+    """The next learning rate after an iteration that moved the policy by kl, within [1e-5, 1e-2]: halved if it moved
+    too far, doubled if too little. PPO's beta (section 4) has the same thresholds, but is a price: it goes the other
+    way. Without a band to rest in (band = 1) the rate never settles."""
     factor = 0.5 if kl > target * band else 2.0 if kl < target / band else 1.0
     return min(max(learning_rate * factor, 1e-5), 1e-2)
 
@@ -413,7 +412,7 @@ def train(args: Args) -> dict:
     data = make_batch(agent, actors.rollout, args.gamma, args.gae_lambda)  # of an empty rollout: this sets the shapes
     order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)  # (B/M, M)
     names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]  # of state["sums"], in this order
-    state = initial_state(agent, len(names))  # the agent's parameters now lie in it: to write to it moves the agent
+    state = initial_state(agent, len(names))  # the agent's parameters are views of it: who writes to it moves the agent
     run_epoch = accelerated(args, update, agent, state, data, order, coef, args.norm_adv)
     run = Run(args, agent, state, actors)
     global_step, learning_rate = run.global_step, run.adapted.get("learning_rate", args.learning_rate)
@@ -509,6 +508,12 @@ def checked(obs, shape, reward=None):
         what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
         raise RunFailed(f"{what}: not finite, or not of shape {shape}")
     return obs
+
+
+def step(env, action, shape):
+    """env.step(action): the observation, reward, terminated and truncated. Raises RunFailed; other errors name step."""
+    obs, reward, terminated, truncated, _ = env.step(action)
+    return checked(obs, shape, float(reward)), float(reward), bool(terminated), bool(truncated)
 
 
 @contextlib.contextmanager
@@ -701,7 +706,9 @@ def accelerated(args, update, agent, state, data, order, *operands):
         if args.compile and not args.cuda:  # the loop, too, is part of the graph: 98 us a minibatch instead of 165
             new, _ = scan(lambda state, index: (minibatch_update(state, index), index[0].clone()), state, order)
         else:
-            new = reduce(minibatch_update, order, state)
+            new = state
+            for index in order:
+                new = minibatch_update(new, index)
         for key, x in new.items():
             state[key].copy_(x)
 
@@ -720,9 +727,9 @@ def compiled(function, cuda):
     """torch.compile(function) as one graph, gradient included. It compiles when it is first called."""
     import torch._inductor.config as config  # here, because it is slow to import
 
-    if not cuda:
-        config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
-        config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
+    # On the CPU a pool of compiler processes would take longer to start than it saves, and C++ calls the kernels.
+    config.compile_threads = config.decide_compile_threads() if cuda else 1
+    config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # which cannot in a loop
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
@@ -868,7 +875,7 @@ class Run(contextlib.ExitStack):
             self.save(self.global_step, **self.adapted)  # a crash at any moment can be resumed
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
-            shutil.copy(__file__, self.dir)
+            shutil.copyfile(__file__, self.dir / Path(__file__).name)
         self.board = self.enter_context(SummaryWriter(self.dir, purge_step=self.global_step + 1))
         shown = {} if sys.stderr.isatty() else {"file": open(os.devnull, "w"), "mininterval": 10, "miniters": 1}
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
@@ -938,9 +945,8 @@ def evaluate(args) -> dict:
             checked(obs, shape)
             while not done:
                 action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
-                obs, reward, terminated, truncated, _ = env.step(env_action(action, env.action_space)[0])
-                checked(obs, shape, float(reward))
-                done, total = terminated or truncated, total + float(reward)
+                obs, reward, terminated, truncated = step(env, env_action(action, env.action_space)[0], shape)
+                done, total = terminated or truncated, total + reward
             returns.append(total)
         env.close()
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
@@ -1020,10 +1026,11 @@ def main(argv) -> int:
         if not args.evaluate:
             path = Path(result["checkpoint"])
             run_dir = shlex.quote(str(path.parent if path.name == "checkpoint.pt" else path))
-            say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
+            script = shlex.quote(os.path.relpath(__file__))
+            say(f"to evaluate: python {script} --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
-            longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""
-            say(f"to go on:    python {SCRIPT}.py --resume {run_dir}{longer}")
+            longer = f" --total-timesteps {2 * result['global_step']}" if done else ""
+            say(f"to go on:    python {script} --resume {run_dir}{longer}")
             say(f"to plot:     tensorboard --logdir {run_dir}")
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
         show(json.dumps(result), sys.stdout)

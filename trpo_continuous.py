@@ -21,8 +21,8 @@ measure that: moving the mean action by 0.1 is nothing if the standard deviation
 The KL compares the distributions themselves, whatever parameters describe them.
 
 Why the natural gradient. Let g be L's gradient at pi_old. A short step s raises L by about g's, a scalar product. It
-raises the mean KL, whose slope at pi_old is 0, by about 0.5 s'Fs. F, the KL's second derivative there, is the Fisher
-matrix. Of all steps with the same KL, those along x = F^-1 g raise L most. The longest allowed has 0.5 s'Fs = max_kl:
+raises the mean KL by about 0.5 s'Fs, where F, the KL's second derivative at pi_old, is the Fisher matrix. (The KL's
+slope there is 0.) Of all steps with the same KL, the one along x = F^-1 g raises L most. It has 0.5 s'Fs = max_kl:
 
     s = sqrt(2 max_kl / x'Fx) x
 
@@ -44,21 +44,22 @@ Three forms:
   to keep the KL near max_kl. At `beta_star` = sqrt(x'Fx / (2 max_kl)) the full step is that of the first form.
 
 No form guarantees that the return rises. Theorem 1's penalty would: 4 max|A| gamma / (1-gamma) times the largest KL.
-(The paper has another 1 / (1-gamma), since its L is a sum over time, not a mean.) With normalised advantages the factor
-is 800 and more, where beta_star, which weighs the far smaller mean KL, is 1 to 3. Steps would be too small to see, so
-the paper sets a bound instead.
+(The paper has another 1 / (1-gamma), since its L is a sum over time, not a mean.) With gamma = 0.995 that is about 800
+max|A|. beta_star is 1 to 3, and it weighs the mean KL, which is far smaller than the largest. Theorem 1's steps would
+be too small to see, so the paper sets a bound instead.
 
 Departures from the paper:
 - Advantages come from a critic (GAE), which is fitted after the policy's step. The paper used returns alone.
-- F is damped (F + 0.1 I), since on one batch it is nearly singular. So a full step has less KL than max_kl, by design.
+- F is damped (F + 0.1 I), since on one batch it is nearly singular. So, to second order, a full step has less KL than
+  max_kl.
 - Observations and rewards are scaled by running statistics, and layers start orthogonal: parts of "TRPO+" (Engstrom et
   al. 2020). Advantages are normalised over the batch.
-- A run has 489 iterations of 8 environments x 256 steps. The paper had 200, of 50 000 steps and more. In so short a
-  run its max_kl of 0.01 is a little slow: here it is 0.02.
-- gamma is 0.995, as in the first author's code. With the paper's 0.99 a run on Hopper ends at 2448 on average of five
-  seeds, not 3072 of ten (but Walker2d 3331, not 3087).
+- A run has 489 iterations of 8 environments x 256 steps. The paper had 200, of 50 000 steps and more, with a max_kl of
+  0.01; here it is 0.02. (sb3-contrib's 0.01 is for each action dimension.)
+- gamma is 0.995, as in the first author's code. With the paper's 0.99 seeds 1 to 5 end at 2448 on Hopper, not 2862, and
+  at 3331 on Walker2d, not 3201.
 
-    python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: about two minutes
+    python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: one to three minutes
     python trpo_continuous.py --kl-constraint max --max-kl 0.2                # bounds the largest KL, not the mean
     python trpo_continuous.py --form penalized --beta-schedule adaptive       # the price follows the KL
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on from its checkpoint
@@ -91,7 +92,6 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass
-from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -116,7 +116,7 @@ Distribution.set_default_validate_args(False)  # checking arguments would wait f
 
 @dataclass
 class Args:
-    """Trust Region Policy Optimization. Defaults are common implementations'; the comments name the paper's values."""
+    """Trust Region Policy Optimization. Where a default is not the paper's value, the comment names that."""
 
     env_id: str = "Hopper-v4"  # gymnasium id, also my_module:MyEnv-v0; Box actions
     total_timesteps: int = 1_000_000  # environment steps of the whole run; --kl-schedule is a function of it
@@ -215,7 +215,7 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n if self.discrete else np.prod(action_space.shape))
-        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that at first all states are alike
+        self.actor = mlp(obs_dim, self.action_dim, output_gain=0.01)  # so small that it acts alike everywhere at first
         self.critic = mlp(obs_dim, 1, output_gain=1.0)
         if not self.discrete:
             # One free standard deviation per action dimension, the same in all states. One from a network could shrink
@@ -249,11 +249,10 @@ class Agent(nn.Module):
     def act(self, obs, noise):
         """Sample actions at raw observations (N, D). The caller draws the noise (N, A), so that a run's actions do not
         depend on how many processes share its environments. Returns (N, A) or, for Discrete, (N,)."""
-        parameters = self.policy_parameters(self.obs_rms(obs))
+        policy = self.policy(self.obs_rms(obs))
         if self.discrete:
-            return (parameters + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
-        mean, log_std = parameters.chunk(2, -1)
-        return mean + log_std.exp() * noise
+            return (policy.logits + noise).argmax(-1)  # a sample of the softmax: the Gumbel-max trick
+        return policy.mean + policy.stddev * noise
 
     def update_statistics(self, rollout, steady=False):
         """Let a rollout's observations and discounted returns (T, N, ...) enter the running statistics."""
@@ -276,7 +275,7 @@ class Environments:
         self.old_agent, self.noise, self.rollout = old_agent, noise, rollout  # in memory that all processes share
         self.envs = [make_env(args.env_id) for _ in range(part.start, part.stop)]
         self.obs = rollout["obs"][0, part].numpy().copy()  # (n, D), zeros until the first reset
-        self.discounted_return = np.zeros(len(self.envs))  # of the rewards so far: its scale is the rewards' scale
+        self.discounted_return = np.zeros(len(self.envs))  # of past rewards; as large as a return, and known at once
 
     def begin_episode(self, i, t, **seed):
         self.at = self.part.start + i, t  # to be named if the environment fails
@@ -305,9 +304,8 @@ class Environments:
                 action[t] = self.old_agent.act(torch.from_numpy(all_obs), self.noise[t]).numpy()[self.part]
                 for i, x in enumerate(env_action(action[t], self.envs[0].action_space)):
                     self.at = self.part.start + i, t
-                    successor, reward[t, i], terminated[t, i], truncated, _ = self.envs[i].step(x)
-                    next_obs[t, i] = self.obs[i] = checked(successor, self.obs[i].shape, reward[t, i])
-                    done[t, i] = terminated[t, i] or truncated
+                    self.obs[i], reward[t, i], terminated[t, i], truncated = step(self.envs[i], x, self.obs[i].shape)
+                    next_obs[t, i], done[t, i] = self.obs[i], terminated[t, i] or truncated
                 discounted_return[t] = self.discounted_return = self.discounted_return * self.gamma + reward[t]
                 for i in np.flatnonzero(done[t]):
                     self.begin_episode(i, t)
@@ -507,9 +505,9 @@ def critic_update(critic, state, minibatch, learning_rate):
 
     grad, logged = gradient(loss, state["parameters"])
     t, m, v = state["t"] + 1, state["m"].lerp(grad, 0.1), state["v"].lerp(grad.square(), 0.001)
-    step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
+    direction = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
     sums = state["sums"] + torch.stack([*logged.values(), grad.norm()])
-    return {"parameters": state["parameters"] - learning_rate * step, "m": m, "v": v, "t": t, "sums": sums}
+    return {"parameters": state["parameters"] - learning_rate * direction, "m": m, "v": v, "t": t, "sums": sums}
 
 
 def train(args: Args) -> dict:
@@ -633,6 +631,12 @@ def checked(obs, shape, reward=None):
         what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
         raise RunFailed(f"{what}: not finite, or not of shape {shape}")
     return obs
+
+
+def step(env, action, shape):
+    """env.step(action): the observation, reward, terminated and truncated. Raises RunFailed; other errors name step."""
+    obs, reward, terminated, truncated, _ = env.step(action)
+    return checked(obs, shape, float(reward)), float(reward), bool(terminated), bool(truncated)
 
 
 @contextlib.contextmanager
@@ -825,7 +829,9 @@ def accelerated(args, update, agent, state, data, order, *operands):
         if args.compile and not args.cuda:  # the loop, too, is part of the graph: 98 us a minibatch instead of 165
             new, _ = scan(lambda state, index: (minibatch_update(state, index), index[0].clone()), state, order)
         else:
-            new = reduce(minibatch_update, order, state)
+            new = state
+            for index in order:
+                new = minibatch_update(new, index)
         for key, x in new.items():
             state[key].copy_(x)
 
@@ -844,9 +850,9 @@ def compiled(function, cuda):
     """torch.compile(function) as one graph, gradient included. It compiles when it is first called."""
     import torch._inductor.config as config  # here, because it is slow to import
 
-    if not cuda:
-        config.compile_threads = 1  # a pool of compiler processes would take longer to start than it saves
-        config.cpp_wrapper = not torch.__version__.startswith("2.11")  # C++ calls the kernels; 2.11 cannot in a loop
+    # On the CPU a pool of compiler processes would take longer to start than it saves, and C++ calls the kernels.
+    config.compile_threads = config.decide_compile_threads() if cuda else 1
+    config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # which cannot in a loop
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
@@ -1011,7 +1017,7 @@ class Run(contextlib.ExitStack):
             self.save(self.global_step, **self.adapted)  # a crash at any moment can be resumed
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         with contextlib.suppress(shutil.SameFileError):  # the copy in the folder resumes its own run
-            shutil.copy(__file__, self.dir)
+            shutil.copyfile(__file__, self.dir / Path(__file__).name)
         self.board = self.enter_context(SummaryWriter(self.dir, purge_step=self.global_step + 1))
         shown = {} if sys.stderr.isatty() else {"file": open(os.devnull, "w"), "mininterval": 10, "miniters": 1}
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
@@ -1081,9 +1087,8 @@ def evaluate(args) -> dict:
             checked(obs, shape)
             while not done:
                 action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], noise).numpy()
-                obs, reward, terminated, truncated, _ = env.step(env_action(action, env.action_space)[0])
-                checked(obs, shape, float(reward))
-                done, total = terminated or truncated, total + float(reward)
+                obs, reward, terminated, truncated = step(env, env_action(action, env.action_space)[0], shape)
+                done, total = terminated or truncated, total + reward
             returns.append(total)
         env.close()
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
@@ -1135,6 +1140,7 @@ def parse_args(argv) -> Args:
 def check_args(args):
     """Raise UserError for values that cannot work. A number must be positive and finite, unless it is named here."""
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "cg_damping": 0, "beta": 1e-4}
+    lowest |= {"max_kl": 1e-12}
     highest = {"gamma": 1, "gae_lambda": 1, "beta": 1e4, "fvp_subsample": args.num_steps}
     for key, x in vars(args).items():
         if type(x).__module__ != "builtins":  # from Python: NumPy's numbers would make checkpoints unreadable
@@ -1166,10 +1172,11 @@ def main(argv) -> int:
         if not args.evaluate:
             path = Path(result["checkpoint"])
             run_dir = shlex.quote(str(path.parent if path.name == "checkpoint.pt" else path))
-            say(f"to evaluate: python {SCRIPT}.py --evaluate {run_dir}")
+            script = shlex.quote(os.path.relpath(__file__))
+            say(f"to evaluate: python {script} --evaluate {run_dir}")
             done = result["global_step"] >= args.total_timesteps
-            longer = f" --total-timesteps {2 * args.total_timesteps}" if done else ""
-            say(f"to go on:    python {SCRIPT}.py --resume {run_dir}{longer}")
+            longer = f" --total-timesteps {2 * result['global_step']}" if done else ""
+            say(f"to go on:    python {script} --resume {run_dir}{longer}")
             say(f"to plot:     tensorboard --logdir {run_dir}")
             result = {key: x if x == x else None for key, x in result.items() if key != "returns"}  # JSON has no nan
         show(json.dumps(result), sys.stdout)
