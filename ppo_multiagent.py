@@ -64,7 +64,7 @@ import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -1290,16 +1290,18 @@ class CudaGraph:
 def load_checkpoint(path, env_id=None, agent=None):
     """What Run.save wrote, from a file or a run folder; its weights go into the agent. It runs no code. Raises
     UserError if it is damaged, or of another script, environment, observation or network."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
+    path = Path(path) / "checkpoint.pt" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}")
     try:
         if zipfile.ZipFile(path).testzip():  # torch.save stores checksums, but torch.load ignores them
             raise zipfile.BadZipFile
         saved = torch.load(path, weights_only=True, map_location="cpu")
         script, trained_on = saved["script"], saved["args"]["env_id"]
+        if not saved.keys() >= {"agent", "adam", "adapted", "rng", "global_step", "wall_time", "episodes", "last"}:
+            raise KeyError
     except Exception as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
+        raise UserError(f"{path} cannot be read, is damaged, or no checkpoint of {SCRIPT}.py") from error
     if script != SCRIPT or env_id not in (None, trained_on):
         raise UserError(f"{path} is of {script}.py on {trained_on}, not of {SCRIPT}.py on {env_id or trained_on}")
     try:
@@ -1334,7 +1336,7 @@ class Run(contextlib.ExitStack):
         self.global_step, self.wall_time, self.adapted, resumed = 0, 0.0, {}, None
         if args.resume:
             old, source = load_checkpoint(args.resume, args.env_id, agent), Path(args.resume)
-            resumed = source if source.is_dir() else source.parent if source.name == "checkpoint.pt" else None
+            resumed = source if os.path.isdir(source) else source.parent if source.name == "checkpoint.pt" else None
             for key, x in old["adam"].items():
                 if x.shape != state[key].shape:
                     raise UserError("the checkpoint does not fit this agent: other parameters were frozen")
@@ -1347,7 +1349,7 @@ class Run(contextlib.ExitStack):
             self.adapted = {k: x for k, x in old["adapted"].items() if old["args"].get(k) == vars(args).get(k)}
         name = f"{re.sub('[/:]', '_', args.env_id)}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or resumed or Path("runs") / name)
-        if (self.dir / "checkpoint.pt").exists() and not (resumed and self.dir.resolve() == resumed.resolve()):
+        if os.path.exists(self.dir / "checkpoint.pt") and not (resumed and self.dir.resolve() == resumed.resolve()):
             raise UserError(f"{self.dir} holds another run: --resume {self.dir}, or choose another --run-dir")
         self.episodes_before, self.wall_time_before = actors.episodes, self.wall_time
         self.start = time.perf_counter() - self.wall_time
@@ -1543,9 +1545,12 @@ def check_args(args):
     lowest = {"seed": 0, "num_workers": 0, "gamma": 0, "gae_lambda": 0, "ent_coef": 0, "vf_coef": 0}
     lowest |= {"latest_prob": 0, "opening_plies": 0, "ent_final": 0}
     highest = {"gamma": 1, "gae_lambda": 1, "latest_prob": 1, "clip_coef": math.inf}
-    for key, x in vars(args).items():
-        if type(x).__module__ != "builtins":  # from Python: NumPy's numbers would make checkpoints unreadable
-            raise UserError(f"{key} is {x!r}: give a plain number or text")
+    for f in fields(args):
+        key, x, kinds = f.name, getattr(args, f.name), get_args(f.type) or (f.type,)
+        if type(x) is int and float in kinds:
+            setattr(args, key, float(x))
+        elif type(x) not in kinds and x not in kinds:  # from Python; NumPy's numbers would make checkpoints unreadable
+            raise UserError(f"{key} is {x!r}, not of {f.type}")
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"

@@ -415,12 +415,19 @@ def test_an_unreadable_flag_is_one_plain_line_on_a_terminal_too(trainer, monkeyp
     assert err == f"{trainer.__name__}.py: Error parsing --gamma: could not convert string to float: 'x'\n"
 
 
-def test_numpys_numbers_are_refused(trainer, tmp_path):
-    """They would make checkpoints that cannot be loaded without running code."""
-    for key, x in {"gamma": np.float64(0.9), "num_steps": np.int64(64), "run_dir": tmp_path / "a"}.items():
-        with pytest.raises(trainer.UserError, match=f"{key} is .*: give a plain number or text"):
+def test_values_of_another_type_are_refused_from_python_too(trainer, tmp_path):
+    """NumPy's would make checkpoints that cannot be loaded without running code; a name that is none of a flag's would
+    choose one in silence. A whole number will do for a float."""
+    wrong = [("gamma", np.float64(0.9)), ("num_steps", np.int64(64)), ("run_dir", tmp_path / "a"), ("gamma", None)]
+    wrong += [("num_envs", "2"), ("num_envs", 2.0), ("compile", "no"), ("resume", 3)]
+    wrong += [(key, "cosine") for key in ("lr_schedule", "form", "algorithm") if hasattr(trainer.Args, key)]
+    for key, x in wrong:
+        with pytest.raises(trainer.UserError, match=f"{key} is .*, not of "):
             trainer.train(trainer.Args(**{key: x}))
     assert not (tmp_path / "a").exists()
+    args = trainer.Args(gamma=1, compile=False)
+    trainer.check_args(args)
+    assert type(args.gamma) is float
 
 
 def test_the_ends_of_a_range_are_allowed(trainer):
@@ -753,7 +760,8 @@ def test_damaged_and_foreign_checkpoints(trainer, whole, tmp_path, capsys):
         (tmp_path / "bad.pt").write_bytes(blob)
         assert trainer.main(["--resume", str(tmp_path / "bad.pt"), "--run-dir", str(tmp_path / "b")]) == 2
         assert "is damaged" in one_line(capsys, trainer)
-    for foreign in ({"weights": torch.zeros(3)}, torch.zeros(3), {"script": trainer.__name__}):
+    ours = {"script": trainer.__name__}
+    for foreign in ({"weights": torch.zeros(3)}, torch.zeros(3), ours, ours | {"args": {"env_id": "CartPole-v1"}}):
         torch.save(foreign, tmp_path / "bad.pt")  # whole, but not ours
         assert trainer.main(["--resume", str(tmp_path / "bad.pt")]) == 2
         assert capsys.readouterr().err.endswith(f"is damaged, or no checkpoint of {trainer.__name__}.py\n")
