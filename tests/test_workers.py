@@ -295,6 +295,23 @@ def test_an_environment_that_fails_ends_the_run_with_one_line(env, message, num_
 
 
 @pytest.mark.parametrize(
+    "answer,message",
+    [
+        ((np.zeros(1, np.float32), 1.0, False, {}), "step() raised ValueError: not enough values to unpack"),
+        ((np.zeros(1, np.float32), None, False, False, {}), "step() raised TypeError: float() argument must be"),
+        ((np.zeros(1, np.float32), 1.0, False, None, {}), None),  # None is no end
+        ((np.zeros(1, np.float32), np.float64(1.0), np.False_, np.False_, {}), None),
+    ],
+    ids=["of the old form", "no reward", "no end", "numpy"],
+)
+def test_what_step_returns(answer, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(toy_envs.NoRenderMode, "step", lambda self, action: answer)
+    flags = ["--env-id", "toy_envs:NoRenderMode-v0", "--run-dir", tmp_path / "a", "--num-workers", 0]
+    assert run(ppo_clip, *flags) == (1 if message else 0)
+    assert message is None or f"environment 0, step 0 of the rollout: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "obs,start,end",
     [
         (np.append(np.linspace(0, 1, 59), np.inf), "[0.", "inf]: not finite"),
