@@ -851,7 +851,8 @@ def check_args(args):
         for name in names if when else ():
             if getattr(args, name) != getattr(Args, name):
                 raise UserError(f"--{name.replace('_', '-')} {what}")
-    if max(args.interval, args.warmup) >= args.total_timesteps and args.quantile and not args.replay:
+    first = -(-max(args.interval, args.warmup) // args.interval) * args.interval  # the first decision that may copy
+    if first >= args.total_timesteps and args.quantile and not args.replay:
         raise UserError("no decision falls before --total-timesteps: see --interval and --warmup, or give --quantile 0")
     names = [Hyperparameter.parse(text).name for text in args.mutate]
     names += [x.split("=")[0][2:].replace("-", "_") for x in args.script_flags if x.startswith("--")]
@@ -884,7 +885,7 @@ def main(argv=None) -> int:
         if result["signal"]:
             if Path(args.run_dir, "events.jsonl").exists():  # else it was stopped before anything was written
                 rest = shlex.join(["--resume", *(x for x in argv if x != "--resume")])
-                say(f"to go on:    python {SCRIPT}.py {rest}")
+                say(f"to go on:    python {shlex.quote(os.path.relpath(__file__))} {rest}")
         elif result["leg"]:
             say(f"to evaluate: python {args.script} --evaluate {shlex.quote(result['best'])}")
         show(json.dumps(result), sys.stdout)

@@ -502,7 +502,7 @@ MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
     fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # false for nan, and for what a float32 cannot hold
-    if not fits or not math.isfinite(reward or 0.0):
+    if not fits or not abs(reward or 0.0) < 3e38:
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
         what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
@@ -511,7 +511,8 @@ def checked(obs, shape, reward=None):
 
 
 def step(env, action, shape):
-    """env.step(action): the observation, reward, terminated and truncated. Raises RunFailed; other errors name step."""
+    """env.step(action): observation, reward, terminated, truncated. Raises RunFailed. An answer of another form fails
+    in here, so that the line names step()."""
     obs, reward, terminated, truncated, _ = env.step(action)
     return checked(obs, shape, float(reward)), float(reward), bool(terminated), bool(truncated)
 
@@ -729,7 +730,7 @@ def compiled(function, cuda):
 
     # On the CPU a pool of compiler processes would take longer to start than it saves, and C++ calls the kernels.
     config.compile_threads = config.decide_compile_threads() if cuda else 1
-    config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # which cannot in a loop
+    config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # whose C++ has no loops
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
@@ -1001,11 +1002,13 @@ def check_args(args):
     lowest |= {"beta_init": 1e-4}
     highest = {"gamma": 1, "gae_lambda": 1, "beta_init": 1e4}
     for f in fields(args):
-        key, x, kinds = f.name, getattr(args, f.name), get_args(f.type) or (f.type,)
+        key, x = f.name, getattr(args, f.name)
+        kinds = [k for kind in get_args(f.type) or (f.type,) for k in get_args(kind) or (kind,)]  # float | None, say
+        simple = isinstance(x, str | int | float | None)  # not a tuple, say, in a flag of a copy's own
         if type(x) is int and float in kinds:
             setattr(args, key, float(x))
-        elif type(x) not in kinds and x not in kinds:  # from Python; NumPy's numbers would make checkpoints unreadable
-            raise UserError(f"{key} is {x!r}, not of {f.type}")
+        elif type(x).__module__ != "builtins" or simple and {x, type(x)}.isdisjoint(kinds):
+            raise UserError(f"{key} is {x!r}, not of {f.type}")  # from Python: np.float64 would spoil checkpoints
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"

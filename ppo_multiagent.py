@@ -149,7 +149,7 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 # the others are padded). What it shows at one moment is a view, a dict:
 #     obs    (N, G, D)  what each agent sees
 #     state  (N, S)     for MAPPO's critic: all observations joined, or the environment's own state()
-#     legal  (N, G, A)  the actions that exist for an agent, and are allowed now
+#     legal  (N, G, A)  the actions that exist for an agent, and are allowed now (of the dead: the first one, or none)
 #     alive  (N, G)     1 while an agent takes part: in some worlds agents leave before the others
 # Its methods are view(), reset(generator), noise(T), which draws the random numbers of T steps, and
 #     step(action, noise) -> view, successor, reward (N, G), terminated (N, G), over (N,)
@@ -922,7 +922,7 @@ MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
     fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # false for nan, and for what a float32 cannot hold
-    if not fits or not math.isfinite(reward or 0.0):
+    if not fits or not abs(reward or 0.0) < 3e38:
         with np.printoptions(threshold=8):
             seen = " ".join(str(obs).split())
         what = f"reset() returned the observation {seen}" if reward is None else f"step() returned {seen} and {reward}"
@@ -1027,7 +1027,7 @@ class PettingZoo:
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
         env = self.envs[i]
         alive = np.array([name in env.agents for name in self.names])
-        view["legal"][~alive, int(self.discrete) :] = False  # the dead always act alike: no noise for others' critics
+        view["legal"][~alive] = np.arange(len(view["legal"][0])) < self.discrete  # no noise for the others' critics
         state = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
         if not np.isfinite(state).all():
             with np.printoptions(threshold=8):
@@ -1249,7 +1249,7 @@ def compiled(function, cuda):
 
     # On the CPU a pool of compiler processes would take longer to start than it saves, and C++ calls the kernels.
     config.compile_threads = config.decide_compile_threads() if cuda else 1
-    config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # which cannot in a loop
+    config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # whose C++ has no loops
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
@@ -1546,11 +1546,13 @@ def check_args(args):
     lowest |= {"latest_prob": 0, "opening_plies": 0, "ent_final": 0}
     highest = {"gamma": 1, "gae_lambda": 1, "latest_prob": 1, "clip_coef": math.inf}
     for f in fields(args):
-        key, x, kinds = f.name, getattr(args, f.name), get_args(f.type) or (f.type,)
+        key, x = f.name, getattr(args, f.name)
+        kinds = [k for kind in get_args(f.type) or (f.type,) for k in get_args(kind) or (kind,)]  # float | None, say
+        simple = isinstance(x, str | int | float | None)  # not a tuple, say, in a flag of a copy's own
         if type(x) is int and float in kinds:
             setattr(args, key, float(x))
-        elif type(x) not in kinds and x not in kinds:  # from Python; NumPy's numbers would make checkpoints unreadable
-            raise UserError(f"{key} is {x!r}, not of {f.type}")
+        elif type(x).__module__ != "builtins" or simple and {x, type(x)}.isdisjoint(kinds):
+            raise UserError(f"{key} is {x!r}, not of {f.type}")  # from Python: np.float64 would spoil checkpoints
         low, high = lowest.get(key, sys.float_info.min), highest.get(key, 2**63 - 1)
         if isinstance(x, int | float) and not isinstance(x, bool) and not low <= x <= high:
             bounds = "positive" if low == sys.float_info.min else f"{low} or more"

@@ -247,7 +247,8 @@ def curves(study, results):
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (group, quantity, env) in zip(axes.flat, panels, strict=False):
         for setting in group:
-            colour = f"C{settings.index(setting)}"
+            i = settings.index(setting)
+            colour = f"C{i}" if i < 10 else "k"
             if seeds := [x for (s, e, _), x in sorted(runs.items()) if (s, e) == (setting, env)]:
                 mean_and_band(axis, seeds, colour, setting, quantity)
             if study == "figure3":
@@ -597,7 +598,9 @@ def main():
     if (results / f"{name}.fresh.csv").exists():
         (results / f"{name}.fresh.md").write_text(fresh_table(name, results) + "\n")
     if name in STUDIES:
-        (table1 if name == "ppo-table1" else curves)(name, results)
+        stored = read(name, results)
+        whole = name == "ppo-table1" and all((s.name, env, seed) in stored for s, env, seed in STUDIES[name].runs())
+        (table1 if whole else curves)(name, results)
     print(text)
 
 

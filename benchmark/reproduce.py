@@ -428,8 +428,8 @@ def output(*command):
     process = subprocess.Popen(  # in a session of its own, or Ctrl-C would reach it twice, and the second one kills
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.signal(number, lambda number, frame: process.send_signal(number)) for number in numbers]
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(number, lambda number, frame: process.terminate()) for number in numbers]
     text, _ = process.communicate()
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
@@ -462,7 +462,7 @@ def populations(envs, steps, repetitions, slots, results, folder):
                 for way in ways:
                     if way not in row:
                         train_way(way, row, env, slots, results, folder / f"{env}-{steps}")
-                        row["made"] = here(sys.executable)
+                        row.setdefault("made", {})[way] = here(sys.executable)
                         replace(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
@@ -475,17 +475,15 @@ def train_way(way, row, env, slots, results, folder):
         setting = [f"--{name.replace('_', '-')}={x}" for name, x in row["random_best"].items()]
         flags["constant"] = ("--quantile", 0, "--", *setting)
     if way == "replay":
-        other = folder / f"pbt-{number}"
-        if not (other / "events.jsonl").exists():  # it was trained elsewhere
-            other.mkdir(parents=True)
-            stored = (results / f"pbt_{env}_{steps}.pbt-{number}.gz").read_bytes()
-            (other / "events.jsonl").write_bytes(gzip.decompress(stored))
+        other = folder / f"stored-pbt-{number}"  # what the row tells of, wherever it was trained
+        stored = gzip.decompress((results / f"pbt_{env}_{steps}.pbt-{number}.gz").read_bytes())
+        other.mkdir(parents=True, exist_ok=True)
+        replace(other / "events.jsonl", stored)
         flags["replay"] = ("--replay", other)
-    begun = (where / "events.jsonl").exists()
     command = [ROOT / "pbt_launcher.py", ROOT / "ppo_clip.py", "--env-id", env, "--run-dir", where]
     command += ["--seed", seed + 100 * alone, "--population", REPLAYS if alone else POPULATION]  # members' count up
     command += ["--slots", slots, "--total-timesteps", steps, "--interval", steps // LEGS]
-    output(*command, *(["--resume"] if begun and legs(where) else []), *flags[way])
+    output(*command, *(["--resume"] if legs(where) else []), *flags[way])
     last = {leg["member"]: leg["score"] for leg in legs(where)}
     copied = {copy["member"] for event in events(where) for copy in event.get("copies", ())} if way != "pbt" else ()
     # nan: no episode ended in its last leg; or it failed twice, and is a copy of another one

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import fcntl
 import functools
 import importlib
@@ -19,6 +20,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -430,6 +432,15 @@ def test_values_of_another_type_are_refused_from_python_too(trainer, tmp_path):
     assert type(args.gamma) is float
 
 
+def test_a_flag_of_a_copys_own_may_be_of_any_type(trainer):
+    own = [("sizes", tuple[int, ...], (64, 64)), ("kind", Literal["a", "b"] | None, None), ("names", list[str], None)]
+    own = [(name, kind, dataclasses.field(default=x)) for name, kind, x in own]
+    Own = dataclasses.make_dataclass("Own", own, bases=(trainer.Args,))
+    trainer.check_args(Own(compile=False, kind="b", names=["x"]))
+    with pytest.raises(trainer.UserError, match="kind is 'c', not of"):
+        trainer.check_args(Own(compile=False, kind="c", names=["x"]))
+
+
 def test_the_ends_of_a_range_are_allowed(trainer):
     for text in ("--seed 0", "--gamma 0", "--gamma 1", "--gae-lambda 0", "--gae-lambda 1", "--num-workers 0"):
         trainer.check_args(trainer.parse_args(text.split()))
@@ -797,13 +808,15 @@ def test_a_failure_after_a_signal_is_no_clean_stop(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().err.splitlines()[-1] == "ppo_clip.py: the disk is full"
 
 
-def test_the_command_to_go_on_is_about_the_same_run_or_a_longer_one(trainer, tmp_path, capsys):
-    flags, name = ["--run-dir", tmp_path / "a b"], trainer.__name__
-    for more, end in ((["--stop-at-step", 512], ""), ([], " --total-timesteps 4096")):
-        assert trainer.main([*small_for(trainer), *map(str, [*flags, *more])]) == 0
+def test_the_command_to_go_on_is_about_the_same_run_or_a_longer_one(trainer, tmp_path, monkeypatch, capsys):
+    """It works from another folder than the script's. The run of 2000 steps ends at 2048, after whole iterations."""
+    monkeypatch.chdir(tmp_path)
+    flags, script = ["--run-dir", "a b"], os.path.relpath(trainer.__file__)
+    for more, end in ((["--stop-at-step", "512"], ""), ([], " --total-timesteps 4096")):
+        assert trainer.main([*small_for(trainer), "--total-timesteps", "2000", *flags, *more]) == 0
         lines = capsys.readouterr().err.splitlines()
-        assert f"{name}.py: to go on:    python {name}.py --resume '{tmp_path / 'a b'}'{end}" in lines
-        flags = ["--resume", tmp_path / "a b"]
+        assert f"{trainer.__name__}.py: to go on:    python {script} --resume 'a b'{end}" in lines
+        flags = ["--resume", "a b"]
 
 
 def test_checkpoints_that_cut_off_long_episodes_are_a_line(tmp_path, capsys):

@@ -850,34 +850,53 @@ def test_statistics_move_only_after_the_update(tmp_path, monkeypatch):
     assert calls == ["make_team_batch", *first, "collect", "make_team_batch", "epoch", "update_statistics"]
 
 
-def test_windows_step_by_step_are_the_same_bits():
+def test_windows_step_by_step_give_the_same():
     """A rollout (T, N, G, D) goes through a layer with windows one step at a time, a minibatch (M, G, D) as a whole."""
     torch.manual_seed(0)
     windows = torch.tensor([[0, 1], [2, 3], [1, 2]])
     for P in (1, 2):
         net, x = ma.StackedMLP(P, 4, 16, 3, 1.0, windows), torch.randn(5, 64, 2, 4)
-        by_hand = torch.stack([x[..., w] for w in windows], -2)  # (T, N, G, W, L)
-        hidden = by_hand.transpose(1, 2) if P == 2 else by_hand
-        first = torch.einsum("t...wl,lf->t...wf", hidden, net.weights[0][0]) if P == 1 else None
-        assert torch.equal(net(x), torch.stack([net(x_t) for x_t in x]))
-        if first is not None:
-            h = first.flatten(-2).relu()
-            h = (h @ net.weights[1][0]).relu() @ net.weights[2][0]
-            torch.testing.assert_close(net(x), h)
+        torch.testing.assert_close(net(x), net(x.flatten(0, 1)).unflatten(0, (5, 64)))
+    net, x = ma.StackedMLP(1, 4, 16, 3, 1.0, windows), torch.randn(64, 1, 4)
+    by_hand = torch.cat([x[..., w] @ net.weights[0][0] for w in windows], -1).relu()  # (64, 1, W * features)
+    torch.testing.assert_close(net(x), (by_hand @ net.weights[1][0]).relu() @ net.weights[2][0])
 
 
-def test_a_mask_beside_a_dict_of_observations_counts(monkeypatch):
+def test_a_mask_beside_a_dict_of_observations_counts():
     """PettingZoo's masks are in the observation or in the infos."""
+    world = ma.PettingZoo(ma.Args(env_id="toy_parallel.mortals"))
+    name, (obs, infos) = world.names[0], world.envs[0].reset()
+    mask = np.arange(world.spaces[0].n) == 1
+    world.set_view(0, obs | {name: {"observation": obs[name]}}, infos | {name: {"action_mask": mask}})
+    assert world.views[0]["legal"][0].nonzero()[0].tolist() == [1]
+
+
+def test_the_dead_always_act_alike(monkeypatch):
+    """Whatever their last mask allows."""
+    world = ma.PettingZoo(ma.Args(env_id="toy_parallel.mortals"))
+    env, name = world.envs[0], world.names[1]
+    obs, infos = env.reset()
+    env.agents = [x for x in env.agents if x != name]
+    world.set_view(0, obs | {name: {"observation": world.seen(obs[name]), "action_mask": np.array([0, 1])}}, infos)
+    assert world.views[0]["legal"][1].nonzero()[0].tolist() == [0] and world.views[0]["alive"][1] == 0
+
+
+def test_a_state_of_zeros_at_first_is_a_state(monkeypatch):
+    """As many zeros as there are observations, which are 0, too: nothing tells whether it is the same."""
     import toy_parallel
 
-    world = ma.PettingZoo(ma.Args(env_id="toy_parallel.mortals"))
-    env, name = world.envs[0], world.names[0]
-    obs, infos = env.reset()
-    wrapped = {key: {"observation": x} if key == name else x for key, x in obs.items()}
-    mask = np.zeros(int(world.spaces[0].n), np.int8)
-    mask[1] = 1
-    world.set_view(0, wrapped, {**infos, name: {"action_mask": mask}})
-    assert world.views[0]["legal"][0].nonzero()[0].tolist() == [1] and toy_parallel
+    monkeypatch.setattr(toy_parallel.Mortals, "state", lambda self: np.full(8, self.clock))
+    assert ma.PettingZoo(ma.Args(env_id="toy_parallel.mortals")).has_state
+
+
+def test_an_environment_that_cannot_be_filmed_says_so(tmp_path, monkeypatch, capsys):
+    import toy_parallel
+
+    train(tmp_path, "--env-id", "toy_parallel.waiting", "--num-envs", 8, "--total-timesteps", 200)
+    module = type("module", (), {"parallel_env": lambda: toy_parallel.Waiting()})
+    monkeypatch.setattr(toy_parallel, "waiting", module, raising=False)
+    assert ma.main(["--evaluate", str(tmp_path), "--capture-video"]) == 2
+    assert "cannot make toy_parallel.waiting with {} and render_mode: " in capsys.readouterr().err
 
 
 def test_a_world_without_agents_is_refused(monkeypatch, capsys):

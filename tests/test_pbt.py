@@ -772,6 +772,7 @@ MISTAKES = [
     (["--warmup", "-5"], "--warmup -5 must be 0 or more"),
     (["--interval", "500"], "no decision falls before --total-timesteps: see --interval and --warmup"),
     (["--warmup", "600"], "no decision falls before --total-timesteps"),
+    (["--warmup", "450"], "no decision falls before --total-timesteps"),  # the last one is at 400
     (["--no-such-flag", "1"], "--no-such-flag"),
     (["--mutate", "learning-rate:lin:0:1"], "learning_rate: it is given twice"),
     (["--mutate", "units:int:1:2", "--", "--units", "3"], "units: it is given twice"),

@@ -170,7 +170,9 @@ def test_populations_are_compared(tmp_path, monkeypatch):
             patch.setattr(reproduce, "train_way", functools.partial(trained_on_a_bare_machine, reproduce.train_way))
             reproduce.populations(*study)
         (row,) = json.loads(path.read_text())
-        assert ("replay" in row) == (len(stages) == 2) and row["made"]["torch"] and "commit" in row["made"]
+        assert (
+            ("replay" in row) == (len(stages) == 2) and row["made"]["pbt"]["torch"] and "commit" in row["made"]["pbt"]
+        )
     assert all(-2000 < row[arm] < 0 for arm in ("pbt", "random"))
     lengths = {"pbt_members": 2, "random_members": 2, "replay": 1, "constant": 1, "defaults": 1}
     assert {arm: len(row[arm]) for arm in lengths} == lengths
@@ -188,6 +190,7 @@ def test_populations_are_compared(tmp_path, monkeypatch):
     }  # fmt: skip
     winner = max(legs["pbt"], key=lambda leg: leg["score"])
     assert legs["replay"][-1]["hyper"] == winner["hyper"] == row["pbt_best"]
+    assert set(row["made"]) == {"pbt", "random", "replay", "constant", "defaults"}
     assert f"| PBT, best member, 50 fresh episodes | {row['pbt']:.0f} |" in plot.populations_table(tmp_path)
     assert "| the schedule less the constant setting |" in plot.populations_table(tmp_path)
     monkeypatch.setattr(reproduce, "output", None)
@@ -322,6 +325,23 @@ def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             plot.main()
         assert message in f"{stop.value}{capsys.readouterr().err}" and not list(tmp_path.iterdir())
+
+
+def test_table_1_is_drawn_from_whole_data_and_its_curves_from_others(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "benchmark/results/ppo-table1.csv.gz", tmp_path)
+    monkeypatch.setattr(plot, "curves", lambda *study: pytest.fail("its curves are drawn"))
+    monkeypatch.setattr(sys, "argv", ["plot.py", "ppo-table1", "--results", str(tmp_path)])
+    pytest.importorskip("scipy")
+    plot.main()
+    assert (tmp_path / "ppo-table1.png").stat().st_size > 20_000
+    one = next(s for s in reproduce.STUDIES["ppo-table1"].settings)
+    (tmp_path / "ppo-table1.csv.gz").unlink()
+    row = {"global_step": 2048, "episodic_return": 9, "kl": 0, "learning_rate": 0}
+    reproduce.store("ppo-table1", tmp_path, one, "Hopper-v4", 1, [row])
+    drawn = []
+    monkeypatch.setattr(plot, "curves", lambda *study: drawn.append(study))
+    plot.main()
+    assert drawn == [("ppo-table1", tmp_path)] and capsys.readouterr().out
 
 
 def test_settings_are_frozen_and_distinct():

@@ -299,10 +299,11 @@ def test_an_environment_that_fails_ends_the_run_with_one_line(env, message, num_
     [
         ((np.zeros(1, np.float32), 1.0, False, {}), "step() raised ValueError: not enough values to unpack"),
         ((np.zeros(1, np.float32), None, False, False, {}), "step() raised TypeError: float() argument must be"),
+        ((np.zeros(1, np.float32), 1e39, False, False, {}), "step() returned [0.] and 1e+39: not finite"),
         ((np.zeros(1, np.float32), 1.0, False, None, {}), None),  # None is no end
         ((np.zeros(1, np.float32), np.float64(1.0), np.False_, np.False_, {}), None),
     ],
-    ids=["of the old form", "no reward", "no end", "numpy"],
+    ids=["of the old form", "no reward", "too large for a float32", "no end", "numpy"],
 )
 def test_what_step_returns(answer, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(toy_envs.NoRenderMode, "step", lambda self, action: answer)
