@@ -10,14 +10,14 @@ right at the start may be wrong at the end. Random search trains many members, e
 change, and keeps the best. What the others cost is lost. PBT trains the same members side by side and lets them learn
 from each other. After every --interval steps:
 
-    score      each member by the mean raw return of the episodes that ended since the last time
+    score      each member by the mean raw return of the episodes that ended since the last decision (at most 100)
     exploit    a member near the bottom copies one near the top: its checkpoint AND its hyperparameters
     explore    the copy then changes the hyperparameters: times 0.8 or 1.2, or drawn anew from their prior
 
-Why copy both? With the weights alone a member would soon suffer again from the settings that made it fall behind, and
-the settings alone would come too late for its weights. Why explore? Without it a population could only choose among its
-first draws, and after a few copies all members would have the same. So one gets, for the cost of a random search, a
-trained policy and the schedule of hyperparameters that led to it.
+Why copy both? With the weights alone a member would soon suffer again from the settings that held it back. With the
+settings alone it would keep the weights that its own had spoiled. Why explore? Without it a population could only
+choose among its first draws, and after a few copies all members would have the same settings. For the cost of a random
+search, PBT thus gives a trained policy and the schedule of hyperparameters that led to it.
 
 A *leg* is what one member trains between two decisions. It is a pure function: a checkpoint and flags go in, a
 checkpoint and a score come out. The launcher knows nothing of a script's algorithm, only what all scripts share: train,
@@ -307,9 +307,9 @@ class Population:
         return sorted(idle, key=lambda m: (m.failures, m.step))
 
     def next_leg(self, member):
-        """A member's next leg as its event will tell of it, and the request for a slot: the script's flags. The total
-        is that of the whole run, since a script's schedules depend on it; --stop-at-step ends the leg. Every try has a
-        folder of its own: a leg that was given up, but still runs on a lost machine, overwrites nothing."""
+        """A member's next leg, in the form that its event will record, and the request to a slot: the script's flags.
+        --total-timesteps is the whole run's, since a script's schedules depend on it; --stop-at-step ends the leg. Each
+        try has its own folder, so a leg that was given up but still runs on a lost machine overwrites nothing."""
         args, name = self.args, f"m{member.id:02d}/t{member.tries + 1:03d}"
         target = min((member.step // args.interval + 1) * args.interval, args.total_timesteps)  # the next decision
         hyper = next((hyper for step, hyper in args.schedule if step >= target), member.hyper)  # --replay, or its own
@@ -330,9 +330,9 @@ class Population:
         return self.args.leg_timeout or (max(60.0, 5 * statistics.median(seconds)) if seconds else 4 * 3600.0)
 
     def due(self):
-        """The members to decide about (`ready` in the paper): those that wait. In sync mode none, until all do, so that
-        no decision depends on who was faster, and a seed fixes them all. In async mode members are compared at
-        different steps, and one that has failed twice waits until another finishes a leg."""
+        """The members to decide about (`ready` in the paper): those that wait. In sync mode there are none until all
+        members wait. Then no decision depends on who was faster, and the seed fixes them all. In async mode members are
+        compared at different steps, and one that has failed twice waits until another finishes a leg."""
         active = self.active()
         waiting = [m for m in active if m.waiting]
         one_is_enough = self.args.mode == "async" and any(m.failures < 2 for m in waiting)
@@ -770,7 +770,7 @@ def say(text):
 
 
 def show(text, file):
-    """Print a line. That nobody reads any more (`| head -1`) is no reason to end a run."""
+    """Print a line. If nobody reads it any more (`| head -1`), the run still goes on."""
     try:
         print(text, file=file, flush=True)
     except BrokenPipeError:

@@ -6,9 +6,9 @@
 """Proximal Policy Optimization with a KL penalty (Schulman et al. 2017, arXiv 1707.06347, section 4).
 What separates it from ppo_clip.py, which explains the rest:  diff ppo_clip.py ppo_klpen.py
 
-Both reweight the data of pi_old by the ratio r_t, and both must keep pi close enough to pi_old for that to mean much.
-Clipping makes the objective flat farther away. The penalty makes distance cost something: in every state it charges the
-KL divergence, which measures how far one distribution is from another, at a price beta.
+Both scripts reweight the data of pi_old by the ratio r_t, which means little unless pi stays close to pi_old. Clipping
+makes the objective flat where r_t is far from 1. The penalty puts a price on moving away: in every state the objective
+loses beta times the KL divergence, which measures how far one distribution is from another.
 
 The objective, maximised by minibatch Adam:
 
@@ -16,8 +16,8 @@ The objective, maximised by minibatch Adam:
              - vf_coef * mean[ (V(s_t) - R_t)^2 ]                                  PPO eq. (9), R_t = A_t + V_old(s_t)
              + ent_coef * mean[ H(pi(.|s_t)) ]                                     H, the entropy
 
-Nobody knows the right price, so after each iteration it follows the distance d = mean[ KL(pi_old || pi) ] that the
-policy has travelled on the whole batch:
+Nobody knows the right beta beforehand. So after each iteration it adapts to d = mean[ KL(pi_old || pi) ] over the whole
+batch, which says how far the policy has moved:
 
     2 beta  if d > d_target * 1.5,    beta / 2  if d < d_target / 1.5
 
@@ -94,7 +94,7 @@ Distribution.set_default_validate_args(False)  # checking arguments would wait f
 
 @dataclass
 class Args:
-    """PPO with a KL penalty. Defaults: the paper's section 4 and Table 3 and the released code's details."""
+    """PPO with a KL penalty. Defaults: the paper's section 4 and Table 3 and details of OpenAI Baselines' ppo2."""
 
     env_id: str = "Hopper-v4"  # gymnasium id, also my_module:MyEnv-v0; Box or Discrete actions
     total_timesteps: int = 1_000_000  # environment steps of the whole run; schedules are functions of it
@@ -151,10 +151,10 @@ class RunningMeanStd(nn.Module):
     def update(self, x, steady=False):
         """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
 
-        Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
-        KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/pendulums.md). steady: 0 stays at the mean of the first rows, and the unit,
-        once there is one, never gets smaller."""
+        New statistics rescale the inputs, so the policy changes although no update has touched its parameters, and no
+        clip or bound on the KL can see that. A policy that balances a pole well sees little variation, so the same tilt
+        becomes a larger input. In the end it overreacts and loses the pole (docs/pendulums.md). With steady, the mean
+        of the first rows stays the zero point, and an input's unit, once it has one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
@@ -173,7 +173,7 @@ class RunningMeanStd(nn.Module):
 
 def mlp(inputs, outputs, output_gain, hidden=(64, 64), activation=nn.Tanh):
     """Fully connected network (..., inputs) -> (..., outputs), 64-64 with tanh as in PPO's paper. Orthogonal matrices
-    keep lengths, so signals neither fade nor explode; a gain of sqrt(2) makes up for what activations take away."""
+    keep lengths, so signals neither fade nor explode. The gain sqrt(2) is ReLU's; with tanh it is a convention."""
     layers = []
     for n_in, n_out in pairwise((inputs, *hidden, outputs)):
         layers += [nn.Linear(n_in, n_out), activation()]
@@ -332,7 +332,7 @@ def make_batch(agent, rollout, gamma, gae_lambda):
 def ppo_loss(agent, minibatch, coef, norm_adv):
     """-L(theta) on one minibatch (M, ...) and a dict of scalars to log. coef: the float flags by name, as tensors."""
     advantage = minibatch["advantage"]  # (M,)
-    if norm_adv:  # else large rewards would mean large policy gradients, and small ones hardly any
+    if norm_adv:  # else the policy's loss would shrink beside the other terms as the critic gets better
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
 
     policy = agent.policy(minibatch["obs"])
@@ -412,7 +412,7 @@ def train(args: Args) -> dict:
     data = make_batch(agent, actors.rollout, args.gamma, args.gae_lambda)  # of an empty rollout: this sets the shapes
     order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)  # (B/M, M)
     names = [*ppo_loss(agent, data, coef, args.norm_adv)[1], "grad_norm"]  # of state["sums"], in this order
-    state = initial_state(agent, len(names))  # the agent's parameters are views of it: who writes to it moves the agent
+    state = initial_state(agent, len(names))  # the agent's parameters are views of it: writing to it changes the agent
     run_epoch = accelerated(args, update, agent, state, data, order, coef, args.norm_adv)
     run = Run(args, agent, state, actors)
     global_step, learning_rate = run.global_step, run.adapted.get("learning_rate", args.learning_rate)
@@ -435,7 +435,7 @@ def train(args: Args) -> dict:
             rollout = actors.collect(agent, seed=(args.seed, global_step) if cut else None)  # pi_old is the agent now
 
             # ---- estimate advantages (line 4) ------------------------------------------------------------------------
-            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
+            # NOTE: acting and updating must scale observations alike, or the data would not be pi_old's. So the
             # statistics take in a rollout only after the update has learned from it. The first one is the exception: a
             # new policy's last layer is so small that scaling hardly changes how it acts, while a critic that starts on
             # raw rewards (Hopper: a value loss of 14 instead of 0.1) needs tens of thousands of steps to recover.
@@ -486,7 +486,7 @@ def say(text):
 
 
 def show(text, file):
-    """Print a line. That nobody reads any more (`| head -1`) is no reason to end a run."""
+    """Print a line. If nobody reads it any more (`| head -1`), the run still goes on."""
     try:
         print(text, file=file, flush=True)
     except BrokenPipeError:
@@ -519,8 +519,8 @@ def step(env, action, shape):
 
 @contextlib.contextmanager
 def named_failures(describe, mistakes=()):
-    """Turn an error into one line: describe(), and what it says. The kinds `mistakes` are the user's. Of others, which
-    are the environment's, the line also names the call and the place in the code."""
+    """Turn an error into one line: describe() and the error's message. Errors of the kinds `mistakes` are the user's.
+    All others are the environment's; for them the line also names the call and the place in the code."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -743,8 +743,8 @@ class CudaGraph:
     """A function without arguments or random numbers, whose tensors never move, as one launch instead of thousands.
 
     Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
-    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and no Python runs: what changes must be in tensors, and what is returned are the same tensors each time."""
+    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"). From then on a call replays
+    them, without any Python. So whatever changes must be in tensors, and every call returns the same tensors."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
@@ -910,8 +910,8 @@ class Run(contextlib.ExitStack):
             show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration, but the first iteration at once, since there is
-        nothing to save yet. The same signal again kills."""
+        """The first SIGINT or SIGTERM ends the run after the current iteration. If that is this process's first, it
+        ends at once, since there is nothing to save yet. The same signal again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.wall_time == self.wall_time_before:

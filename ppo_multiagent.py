@@ -23,10 +23,10 @@ mappo and ippo differ only in the critic's input. All agents share an actor and 
 With --no-share-params each agent has its own networks, normalisers and gradient norm. Only the joint state's normaliser
 is common.
 
-What the MAPPO paper found to matter is done: normalised value targets, few epochs, a small clip, masks for illegal
-actions and dead agents. Left out are recurrence, layer norm, the Huber loss and value clipping. Three things differ on
-purpose: four minibatches, not one (simple_spread is learned faster); V of the last state stands for what a time limit
-cuts off; and an agent that leaves before the others gets no share of its team's later rewards.
+Taken from the MAPPO paper: normalised value targets, few epochs, the clip of its particle runs, and masks for illegal
+actions. Samples of dead agents do not count. Left out are recurrence, layer norm, the Huber loss and value clipping.
+Four things differ on purpose: four minibatches, not one (simple_spread is learned faster); the learning rate falls; V
+of the last state stands for what a time limit cuts off; and an agent that leaves first gets no later team rewards.
 
     python ppo_multiagent.py                                                    # MAPPO on simple_spread: one minute
     python ppo_multiagent.py --algorithm ippo --no-share-params
@@ -145,11 +145,11 @@ SELFPLAY_DEFAULTS = {  # a game has one noisy result: with a small gamma it coun
 # copies of what the agents live in, as tensors. SimpleSpread and SelfPlay (a game, seen by one of its players) are
 # built in and step all copies at once; PettingZoo steps others' environments one by one. make_world chooses.
 #
-# A world has num_agents G, obs_dim D, state_dim S and action_space, that of one agent (of the one with most actions;
-# the others are padded). What it shows at one moment is a view, a dict:
+# A world has num_agents G, obs_dim D, state_dim S, and action_space: that of the agent with the most actions, to which
+# the others are padded. What it shows at one moment is a view, a dict:
 #     obs    (N, G, D)  what each agent sees
 #     state  (N, S)     for MAPPO's critic: all observations joined, or the environment's own state()
-#     legal  (N, G, A)  the actions that exist for an agent, and are allowed now (of the dead: the first one, or none)
+#     legal  (N, G, A)  the actions that an agent has and may take now (a dead one: only the first, or for Box none)
 #     alive  (N, G)     1 while an agent takes part: in some worlds agents leave before the others
 # Its methods are view(), reset(generator), noise(T), which draws the random numbers of T steps, and
 #     step(action, noise) -> view, successor, reward (N, G), terminated (N, G), over (N,)
@@ -183,10 +183,10 @@ class RunningMeanStd(nn.Module):
     def update(self, x, steady=False):
         """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
 
-        Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
-        KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/pendulums.md). steady: 0 stays at the mean of the first rows, and the unit,
-        once there is one, never gets smaller."""
+        New statistics rescale the inputs, so the policy changes although no update has touched its parameters, and no
+        clip or bound on the KL can see that. A policy that balances a pole well sees little variation, so the same tilt
+        becomes a larger input. In the end it overreacts and loses the pole (docs/pendulums.md). With steady, the mean
+        of the first rows stays the zero point, and an input's unit, once it has one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
@@ -604,7 +604,7 @@ def train(args: Args) -> dict:
             rollout = actors.collect(team, seed=(args.seed, global_step) if cut or pool else None)
 
             # ---- estimate advantages ---------------------------------------------------------------------------------
-            # NOTE: acting and updating must scale observations alike, or the ratio would not start at 1. So the
+            # NOTE: acting and updating must scale observations alike, or the data would not be pi_old's. So the
             # statistics take in a rollout only after the update has learned from it. The first one is the exception: a
             # new policy's last layer is so small that scaling hardly changes how it acts, and the critic begins scaled.
             batch, returns = make_team_batch(team, rollout, args)
@@ -651,7 +651,7 @@ def train(args: Args) -> dict:
 class SelfPlay:
     """A two-player zero-sum game as a world with one agent. A step is the agent's ply (one player's move) and the
     opponent's reply. Each side sees the board from its own point of view. The reward is 1 for a win and -1 for a loss,
-    whoever made the last ply. Who did not make it opens the next game: so nobody has to pass, and a loser begins."""
+    whoever made the last ply. The other player opens the next game. So nobody ever has to pass, and a loser begins."""
 
     num_agents, OPPONENTS = 1, 8  # OPPONENTS: how many are met in one iteration
 
@@ -823,8 +823,8 @@ class ConnectFour:
     the seventh bit of a column staying empty. The side to move sees three planes of 42 cells: its own stones, the
     other's, and where a stone can fall now.
 
-    A position and its mirror image are worth the same, and players are shown only one of the two, always the same. So
-    whatever they learn on one side they know on the other; half of all positions need not be learned at all.
+    A position and its mirror image have the same value, so players are always shown the same one of the two. What they
+    learn on one side they know on the other, and half of all positions need not be learned at all.
     The windows (69, 12) are the 69 lines of four cells, in all three planes. Three stones in a line whose last cell can
     be filled now mean the same wherever the line lies, and in whichever direction it runs.
     """
@@ -906,7 +906,7 @@ def say(text):
 
 
 def show(text, file):
-    """Print a line. That nobody reads any more (`| head -1`) is no reason to end a run."""
+    """Print a line. If nobody reads it any more (`| head -1`), the run still goes on."""
     try:
         print(text, file=file, flush=True)
     except BrokenPipeError:
@@ -932,8 +932,8 @@ def checked(obs, shape, reward=None):
 
 @contextlib.contextmanager
 def named_failures(describe, mistakes=()):
-    """Turn an error into one line: describe(), and what it says. The kinds `mistakes` are the user's. Of others, which
-    are the environment's, the line also names the call and the place in the code."""
+    """Turn an error into one line: describe() and the error's message. Errors of the kinds `mistakes` are the user's.
+    All others are the environment's; for them the line also names the call and the place in the code."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -1262,8 +1262,8 @@ class CudaGraph:
     """A function without arguments or random numbers, whose tensors never move, as one launch instead of thousands.
 
     Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
-    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and no Python runs: what changes must be in tensors, and what is returned are the same tensors each time."""
+    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"). From then on a call replays
+    them, without any Python. So whatever changes must be in tensors, and every call returns the same tensors."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
@@ -1429,8 +1429,8 @@ class Run(contextlib.ExitStack):
             show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration, but the first iteration at once, since there is
-        nothing to save yet. The same signal again kills."""
+        """The first SIGINT or SIGTERM ends the run after the current iteration. If that is this process's first, it
+        ends at once, since there is nothing to save yet. The same signal again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.wall_time == self.wall_time_before:

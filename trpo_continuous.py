@@ -43,10 +43,10 @@ Three forms:
   chooses the price of the KL, and the gradient decides how far the policy moves. An adaptive beta doubles and halves
   to keep the KL near max_kl. At `beta_star` = sqrt(x'Fx / (2 max_kl)) the full step is that of the first form.
 
-No form guarantees that the return rises. Theorem 1's penalty would: 4 max|A| gamma / (1-gamma) times the largest KL.
-(The paper has another 1 / (1-gamma), since its L is a sum over time, not a mean.) With gamma = 0.995 that is about 800
-max|A|. beta_star is 1 to 3, and it weighs the mean KL, which is far smaller than the largest. Theorem 1's steps would
-be too small to see, so the paper sets a bound instead.
+No form guarantees that the return rises. By the paper's Theorem 1 a penalty of 4 max|A| gamma / (1-gamma) times the
+largest KL over all states would. (The paper divides by 1-gamma once more, since its L is a sum over time, not a mean.)
+With gamma = 0.995 that is about 800 max|A|, while beta_star is 1 to 3 and weighs the mean KL, which is far smaller than
+the largest. Theorem 1's steps would be too small to see, so the paper sets a bound instead.
 
 Departures from the paper:
 - Advantages come from a critic (GAE), which is fitted after the policy's step. The paper used returns alone.
@@ -175,10 +175,10 @@ class RunningMeanStd(nn.Module):
     def update(self, x, steady=False):
         """Merge the rows of x (rows, *shape): Chan et al. 1979, the parallel form of Welford's rule.
 
-        Inputs whose scale follows the data move a policy although it took no step, unseen by any clip or bound on the
-        KL. The better it balances a pole, the less varies, and the larger the same tilt looks: in the end the policy
-        overreacts and loses the pole (docs/pendulums.md). steady: 0 stays at the mean of the first rows, and the unit,
-        once there is one, never gets smaller."""
+        New statistics rescale the inputs, so the policy changes although no update has touched its parameters, and no
+        clip or bound on the KL can see that. A policy that balances a pole well sees little variation, so the same tilt
+        becomes a larger input. In the end it overreacts and loses the pole (docs/pendulums.md). With steady, the mean
+        of the first rows stays the zero point, and an input's unit, once it has one, never gets smaller."""
         first = self.count == 0
         largest = self.inv_std.where(self.varies(), math.inf) if steady else math.inf
         x, n = x.to(self.mean), len(x)
@@ -197,7 +197,7 @@ class RunningMeanStd(nn.Module):
 
 def mlp(inputs, outputs, output_gain, hidden=(64, 64), activation=nn.Tanh):
     """Fully connected network (..., inputs) -> (..., outputs), 64-64 with tanh as in PPO's paper. Orthogonal matrices
-    keep lengths, so signals neither fade nor explode; a gain of sqrt(2) makes up for what activations take away."""
+    keep lengths, so signals neither fade nor explode. The gain sqrt(2) is ReLU's; with tanh it is a convention."""
     layers = []
     for n_in, n_out in pairwise((inputs, *hidden, outputs)):
         layers += [nn.Linear(n_in, n_out), activation()]
@@ -377,8 +377,8 @@ def fisher_product(agent, theta, obs, damping):
     """The map v -> F v + damping v on vectors (K,). F, the second derivative of the mean KL at theta, is the Fisher
     matrix of the policy (TRPO App. C).
 
-    In one state the policy is a Gaussian, described by P numbers: means and log standard deviations. The Fisher matrix
-    in these numbers is M = diag(1/std^2, 2), as in App. C. Their derivative by theta is J (P x K). So
+    In one state the policy is a Gaussian, described by P numbers: means and log standard deviations. With respect to
+    these the Fisher matrix is M = diag(1/std^2, 2), as in App. C. Their Jacobian with respect to theta is J (P x K). So
 
         F = mean over states of J'MJ
 
@@ -609,7 +609,7 @@ def say(text):
 
 
 def show(text, file):
-    """Print a line. That nobody reads any more (`| head -1`) is no reason to end a run."""
+    """Print a line. If nobody reads it any more (`| head -1`), the run still goes on."""
     try:
         print(text, file=file, flush=True)
     except BrokenPipeError:
@@ -642,8 +642,8 @@ def step(env, action, shape):
 
 @contextlib.contextmanager
 def named_failures(describe, mistakes=()):
-    """Turn an error into one line: describe(), and what it says. The kinds `mistakes` are the user's. Of others, which
-    are the environment's, the line also names the call and the place in the code."""
+    """Turn an error into one line: describe() and the error's message. Errors of the kinds `mistakes` are the user's.
+    All others are the environment's; for them the line also names the call and the place in the code."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -866,8 +866,8 @@ class CudaGraph:
     """A function without arguments or random numbers, whose tensors never move, as one launch instead of thousands.
 
     Its first two calls run as they are, on a side stream: real work, and the warm-up that recording asks for. The third
-    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"); from then on they are played
-    back, and no Python runs: what changes must be in tensors, and what is returned are the same tensors each time."""
+    records the kernels (https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"). From then on a call replays
+    them, without any Python. So whatever changes must be in tensors, and every call returns the same tensors."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
@@ -889,9 +889,9 @@ class CudaGraph:
 
 
 def functions_of_theta(agent, data, args):
-    """What policy_step needs: theta, all of policy_part as one vector, of which they are views from now on, and the
-    functions solve and look. On a GPU these are recordings, one launch each: a policy step takes 3 ms on an H100
-    instead of 36. See CudaGraph for what they must not do."""
+    """What policy_step needs: theta, solve and look. theta holds all of policy_part in one vector, and from now on the
+    parameters are views of it. On a GPU solve and look are recordings, one launch each: a policy step takes 3 ms on an
+    H100 instead of 36. See CudaGraph for what they must not do."""
     policy = policy_part(agent).values()
     theta = parameters_to_vector(policy).detach()
     vector_to_parameters(theta, policy)
@@ -1052,8 +1052,8 @@ class Run(contextlib.ExitStack):
             show(self.bar, sys.stderr)
 
     def stop(self, number, frame):
-        """The first SIGINT or SIGTERM ends the run after its iteration, but the first iteration at once, since there is
-        nothing to save yet. The same signal again kills."""
+        """The first SIGINT or SIGTERM ends the run after the current iteration. If that is this process's first, it
+        ends at once, since there is nothing to save yet. The same signal again kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.wall_time == self.wall_time_before:
