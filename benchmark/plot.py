@@ -53,6 +53,10 @@ LESS = {  # differences that a study is for: a row's name, a setting of the stud
         ("ppo_klpen.py, less Stable-Baselines3 PPO", "ppo_klpen.py", "v4-baselines", "Stable-Baselines3 PPO"),
         ("trpo_continuous.py, less sb3-contrib TRPO", "trpo_continuous.py", "v4-baselines", "sb3-contrib TRPO"),
     ],
+    "v5": [
+        (f"{script}, less the same seeds of v4", script, "v4", script)
+        for script in ("ppo_clip.py", "ppo_klpen.py", "trpo_continuous.py")
+    ],
     "v4-flags": [(f"{GAMMA}, less sb3-contrib TRPO", GAMMA, "v4-baselines", "sb3-contrib TRPO")],
     "steady": [
         (f"`{STEADY}` less the default: {script}", f"{script} {STEADY}", "v4", script)
@@ -156,7 +160,8 @@ def less_table(study, results):
     envs, rows = STUDIES[study].envs, []
     for name, setting, other_study, other in LESS[study]:
         found, others = returns(study, results), returns(other_study, results)
-        rows.append([name, *(difference(found[setting, env], others[other, env]) for env in envs)])
+        pairs = [(found[setting, env], others[other, env.replace("-v5", "-v4")]) for env in envs]
+        rows.append([name, *(difference(*pair) for pair in pairs)])
     return markdown(["seed by seed, ± standard error (seeds)", *envs], rows)
 
 
