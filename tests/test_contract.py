@@ -637,7 +637,8 @@ def test_what_a_person_sees(trainer, tmp_path, cli):
     assert lines[0] == f"{name}.py: {env_id}, seed 1, run folder a"
     assert [line.split(": ")[1] for line in lines[1:]] == ["to evaluate", "to go on", "to plot"]
     commands = [line.split(": ", 2)[2].strip() for line in lines[1:]]
-    assert commands[0] == f"python {name}.py --evaluate a" and commands[2] == "tensorboard --logdir a"
+    script = os.path.relpath(trainer.__file__, tmp_path)  # from the folder in which it was started
+    assert commands[0] == f"python {script} --evaluate a" and commands[2] == "tensorboard --logdir a"
     again = cli(name, *commands[1].split()[2:])
     assert again.returncode == 0 and json.loads(again.stdout)["global_step"] == 4096
     finished = cli(name, "--resume", "a")

@@ -349,7 +349,7 @@ def test_replay_follows_the_winners_schedule(tmp_path):
     assert decisions(tmp_path / "b") == before
     finished(tmp_path / "a", *SMALL)
     assert longer in refused(tmp_path / "c", *flags[2:])
-    assert "needs --interval 100, and no --mutate" in refused(tmp_path / "c", *flags, "--mutate", "units:int:1:2")
+    assert longer in refused(tmp_path / "c", *flags, "--mutate", "units:int:1:2")
 
 
 def test_nobody_copies_during_the_warmup(tmp_path):
@@ -738,7 +738,8 @@ def test_signals_stop_everything_and_say_how_to_go_on(tmp_path, cli, plain, monk
     assert process.returncode == 128 + number and "Traceback" not in err and "resource_tracker" not in err
     wait_for(lambda: not living(mark))
     command = shlex.split(err.splitlines()[-1].split("to go on:")[1])
-    assert command[:2] == ["python", "pbt_launcher.py"] and command.index("--resume") < command.index("--")
+    assert command[:2] == ["python", os.path.relpath(pbt.__file__, tmp_path)]
+    assert command.index("--resume") < command.index("--")
     assert cli("pbt_launcher", *command[2:]).returncode == 0
     assert decisions(tmp_path / "a") == decisions(plain)
 
@@ -917,7 +918,8 @@ def test_a_real_script_scored_by_evaluation(tmp_path):
     """A leg's score is the mean of the script's own evaluation of its checkpoint."""
     import ppo_clip
 
-    flags = [*CARTPOLE, "--total-timesteps", 512, "--score", "evaluation", "--eval-episodes", 4, "--", *FLAGS]
+    flags = [*CARTPOLE, "--total-timesteps", 512, "--quantile", 0]
+    flags += ["--score", "evaluation", "--eval-episodes", 4, "--", *FLAGS]
     finished(tmp_path / "a", *flags, script=PPO)
     for leg in events(tmp_path / "a", "leg"):
         argv = ["--evaluate", str(tmp_path / "a" / leg["leg"]), "--eval-episodes", "4", "--seed", str(1 + 512)]

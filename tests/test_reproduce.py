@@ -177,7 +177,9 @@ def test_populations_are_compared(tmp_path, monkeypatch):
     lengths = {"pbt_members": 2, "random_members": 2, "replay": 1, "constant": 1, "defaults": 1}
     assert {arm: len(row[arm]) for arm in lengths} == lengths
     folder = tmp_path / "runs/Pendulum-v1-8192"
-    legs = {way: reproduce.legs(folder / f"{way}-0") for ways in reproduce.STAGES for way in ways}
+    folders = {way: folder / f"{way}-0" for ways in reproduce.STAGES for way in ways}
+    folders["pbt"] = folder / "stored-pbt-0"
+    legs = {way: reproduce.legs(path) for way, path in folders.items()}
     assert {way: len(x) for way, x in legs.items()} == {
         "pbt": 4,
         "random": 4,
@@ -222,7 +224,7 @@ def test_a_signal_goes_on_to_the_launcher(tmp_path):
     command += ["--results", str(tmp_path / "results"), "--run-dir", str(tmp_path / "runs")]
     program = [sys.executable, str(ROOT / "benchmark/reproduce.py"), *command]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: list((tmp_path / "runs").glob("pbt/*/pbt-0/m*/progress.csv")), process)
+    wait_for(lambda: list((tmp_path / "runs").glob("pbt/*/pbt-0/m*/t*/progress.csv")), process)
     process.terminate()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143 and "to go on:" in err and "Traceback" not in err
