@@ -22,7 +22,8 @@ The KL compares the distributions themselves, whatever parameters describe them.
 
 Why the natural gradient. Let g be L's gradient at pi_old. A short step s raises L by about g's, a scalar product. It
 raises the mean KL by about 0.5 s'Fs, where F, the KL's second derivative at pi_old, is the Fisher matrix. (The KL's
-slope there is 0.) Of all steps with the same KL, the one along x = F^-1 g raises L most. It has 0.5 s'Fs = max_kl:
+slope there is 0.) Of all steps with the same KL, the one along x = F^-1 g raises L most. The longest allowed step has
+0.5 s'Fs = max_kl:
 
     s = sqrt(2 max_kl / x'Fx) x
 

@@ -871,7 +871,7 @@ def test_a_mask_beside_a_dict_of_observations_counts():
     assert world.views[0]["legal"][0].nonzero()[0].tolist() == [1]
 
 
-def test_the_dead_always_act_alike(monkeypatch):
+def test_the_dead_always_act_alike():
     """Whatever their last mask allows."""
     world = ma.PettingZoo(ma.Args(env_id="toy_parallel.mortals"))
     env, name = world.envs[0], world.names[1]

@@ -98,6 +98,15 @@ def test_single_runs():
         assert text in page("results.md"), what
 
 
+def test_single_runs_of_the_double_pendulum():
+    found = [
+        single_runs()[what, "InvertedDoublePendulum-v4"] for what in ("gamma 0.99", "sb3-contrib's bound and gamma")
+    ]
+    cells = [f"{x:.0f}" for returns in found for x in returns]
+    text = "with gamma alone seeds 1 to 3 ended at {}, {} and {}, with both seeds 1 and 2 at {} and {}".format(*cells)
+    assert text in page("pendulums.md"), text
+
+
 def test_a_solved_pendulum():
     """What the statistics do to a policy that nobody trains, and steps of several lengths to a solved one."""
     falls, kl = plot.statistics_runs("falls", RESULTS), plot.statistics_runs("kl", RESULTS)
