@@ -129,12 +129,14 @@ def relative_error(x, reference):
 def test_gpu_equals_cpu_after_one_iteration(name, mode, tmp_path):
     """From the same data, in eight epochs, of which the graph replays six: all parameters together to 2e-5 of their
     size, which is some 1e-3 of the way that they have gone. (A single bias that hardly has a gradient may differ by
-    more: Adam divides by the gradient's size.)"""
+    more: Adam divides by the gradient's size.) Self-play takes small steps: with large ones some ReLU meets an input
+    near 0, where rounding decides whether it has a gradient, and from there two runs part, on the CPU, too."""
     script = importlib.import_module(name.split()[0])
     agents = []
-    for device in ("--no-cuda", "--cuda"):
+    for device, how in (("--no-cuda", "--no-compile"), ("--cuda", mode)):
         epochs = "--vf-epochs" if name == "trpo_continuous" else "--update-epochs"
-        flags = [*SMALL, *FLAGS[name], epochs, "8", mode, device, "--stop-at-step", "1"]
+        flags = [*SMALL, *FLAGS[name], epochs, "8", how, device, "--stop-at-step", "1"]
+        flags += ["--learning-rate", "1e-5"] if "selfplay" in name else []
         script.train(script.parse_args([*flags, "--run-dir", str(tmp_path / device)]))
         agents.append(script.load_checkpoint(tmp_path / device)["agent"])
     cpu, gpu = ([x for key, x in agent.items() if "rms" not in key] for agent in agents)
@@ -205,7 +207,8 @@ def test_schedules_are_seen_by_the_graph_and_a_run_resumes(name, tmp_path):
         assert relative_error(parts[key], x) < 1e-3, key
     assert [row["global_step"] for row in rows] == [row["global_step"] for row in rows2]
     if name != "trpo_continuous":  # a rate that falls to 0: the last step moves less than a step in the middle
-        assert float(rows[-1]["kl"]) < float(rows[len(rows) // 2]["kl"])
+        kl = "kl" if "kl" in rows[-1] else "approx_kl"
+        assert float(rows[-1][kl]) < float(rows[len(rows) // 2][kl])
 
 
 @gpu
