@@ -922,11 +922,15 @@ class Run(contextlib.ExitStack):
 
     def stop(self, number, frame):
         """The first SIGINT or SIGTERM ends the run after the current iteration. If that is this process's first, it
-        ends at once, since there is nothing to save yet. The same signal again kills."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        if self.wall_time == self.wall_time_before:
-            raise KeyboardInterrupt(number)
+        ends at once, since there is nothing to save yet. The same signal again kills, unless it comes within 0.2 s:
+        timeout(1) sends it to the process, and then to the process's whole group."""
+        if self.signal != number:
+            self.signal, self.signalled = number, time.monotonic()
+            if self.wall_time == self.wall_time_before:
+                raise KeyboardInterrupt(number)
+        elif time.monotonic() > self.signalled + 0.2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def summary(self, global_step):
         new = min(self.actors.episodes - self.episodes_before, 100)
