@@ -99,7 +99,7 @@ class Args:
     env_id: str = "Hopper-v4"  # gymnasium id, also my_module:MyEnv-v0; Box or Discrete actions
     total_timesteps: int = 1_000_000  # environment steps of the whole run; schedules are functions of it
     seed: int = 1  # all randomness of the run follows from it
-    cuda: bool = False  # train on the GPU (with 64-64 networks and few environments a CPU core is faster)
+    cuda: bool = False  # train on the GPU; environments stay on the CPU, so take many: --num-envs 64 --num-steps 32
     compile: bool = True  # torch.compile the update; by default only where it pays, from 200 000 steps
     run_dir: str | None = None  # this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)
     checkpoint_every: int = 100_000  # write a checkpoint at multiples of this; it cuts off the episodes in flight

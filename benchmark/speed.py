@@ -5,6 +5,7 @@
     python benchmark/speed.py teams     # ppo_multiagent.py's algorithms on its built-in worlds, one core
     python benchmark/speed.py workers   # collecting with one process and with one for each core, rollout by rollout
     python benchmark/speed.py update    # a minibatch of ppo_clip.py, as it is and compiled
+    python benchmark/speed.py parts     # where an iteration of ppo_clip.py spends its time; flags of the script go on
     python benchmark/speed.py pbt       # what a population costs beyond its work, beside Ray Tune's PBT
     python benchmark/speed.py gpu       # what --cuda brings on this machine; --seconds, --only
 
@@ -20,10 +21,10 @@ PopulationBasedTraining (pip install "ray[tune]==2.60.0") with its function API 
 reuse_actors, its fastest) take turns. Every process imports what our scripts import, every leg spins for 2 s, reads and
 writes a checkpoint. Wall time of the whole process, start-up included.
 
-`gpu`, in five minutes: microseconds per minibatch of ppo_clip.py in every form, on the CPU, too; milliseconds per
-policy step of trpo_continuous.py on 2048 states; then whole runs with 1, 8, 16 and 64 environments. Stable-Baselines3
-runs beside them where it is installed. The last line names the fastest command. Rows come one by one, so a run that is
-cut short keeps what it has measured.
+`gpu`: microseconds per minibatch of ppo_clip.py in every form, on the CPU, too; milliseconds per policy step of
+trpo_continuous.py on 2048 states; then whole runs with 1, 8, 16 and 64 environments. Stable-Baselines3 runs beside them
+where it is installed. The last line names the fastest command. A run takes some 25 s to start. Rows come one by one, so
+a run that is cut short keeps what it has measured.
 """
 
 import argparse
@@ -38,6 +39,7 @@ import time
 import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -273,6 +275,39 @@ def update(folder):
     save("speed_update", results, folder)
 
 
+def parts(flags):
+    """Milliseconds of each part of an iteration of ppo_clip.py, the mean over all iterations but the first five."""
+    import ppo_clip as script
+
+    times, wait = {}, torch.cuda.synchronize if "--cuda" in flags else lambda: None
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            wait()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            wait()
+            times.setdefault(name, []).append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    for place, name in ((script.Actors, "collect"), (script, "make_batch"), (script, "mean_kl"), (script.Run, "log")):
+        setattr(place, name, timed(name, getattr(place, name)))
+    script.Agent.update_statistics = timed("update_statistics", script.Agent.update_statistics)
+    accelerated = script.accelerated
+    script.accelerated = lambda *args: timed("epoch", accelerated(*args))
+    with tempfile.TemporaryDirectory() as folder:
+        args = script.parse_args(["--total-timesteps", "81920", *flags, "--run-dir", f"{folder}/run"])
+        script.train(args)
+        ends = [float(row["wall_time"]) for row in csv_rows(Path(folder, "run/progress.csv"))]
+    times["iteration"] = [end - start for start, end in pairwise([0, *ends])]
+    n = len(ends) - 5
+    found = {name: 1e3 * sum(x[-(len(x) * n // len(ends)) :]) / n for name, x in times.items()}
+    found["the rest"] = 2 * found["iteration"] - sum(found.values())
+    print(f"ppo_clip.py {' '.join(flags)}: " + ", ".join(f"{name} {x:.1f}" for name, x in found.items()) + " ms")
+
+
 # ---- populations -----------------------------------------------------------------------------------------------------
 
 
@@ -475,14 +510,16 @@ def gpu(env_id, budget, only):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=(*GROUPS, "workers", "update", "pbt", "gpu"))
+    parser.add_argument("group", choices=(*GROUPS, "workers", "update", "parts", "pbt", "gpu"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--env-id", default="Hopper-v4", help="with gpu")
     parser.add_argument("--seconds", type=float, default=240, help="with gpu: no row is started after this")
     parser.add_argument("--only", default="", help="with gpu: rows whose name contains this")
     parser.add_argument("--results", type=Path, help="write the numbers into this folder, too")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    if flags and args.group != "parts":
+        parser.error(f"unknown: {' '.join(flags)}")
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -490,6 +527,8 @@ def main():
         workers(40, args.results)
     elif args.group == "update":
         update(args.results)
+    elif args.group == "parts":
+        parts(flags)
     elif args.group == "pbt":
         population(args.repeats, args.results)
     elif args.group == "gpu":

@@ -218,7 +218,6 @@ def test_speed():
     assert workers["processes"] == 2 and text in page("speed.md")
     loop, call = update["CPU, compiled"], update["CPU, compiled, call by call"]
     assert f"{loop:.0f} µs a minibatch; {call:.0f} with one compiled call for each." in page("speed.md")
-    assert f"the CPU alone is faster at minibatches of 64 ({loop:.0f} µs)" in page("speed.md")
 
 
 def test_the_gpu_table():
@@ -237,32 +236,53 @@ def test_the_gpu_table():
     eager, graphs = note(r"\neager +([\d.]+)"), note(r"as CUDA graphs +([\d.]+)")
     assert f"a policy step on 2048 states | {eager:.1f} ms | | {graphs:.1f} ms |" in text
 
-    ours, sb3 = note(r"--num-steps 32 --compile +(\d+) steps/s"), note(r"--num-steps 32 --device cpu +(\d+) steps/s")
-    cuda = note(r"--num-steps 32 --device cuda +(\d+) steps/s")
-    cpu = note(r"--no-cuda --num-envs 64 .* (\d+) steps/s")
-    parts = re.search(r"an iteration of ([\d.]+) ms: collect ([\d.]+), epochs ([\d.]+)", notes).groups()
-    whole, collecting, updating = (f"{float(x):.0f}" for x in parts)
-    assert f"{whole} ms an iteration: {collecting} collecting, {updating} updating" in text
-    assert f"the same with `--no-cuda` | {cpu:,.0f} |".replace(",", " ") in text
-    spaced = [f"{x:,.0f}".replace(",", " ") for x in (ours, sb3)]
-    assert f"--num-envs 64 --num-steps 32` | {spaced[0]} | alone on the machine;" in text
-    assert f"PPO, 64 × 32, CPU | {spaced[1]} |" in text and f"PPO, 64 × 32, CUDA | {cuda:.0f} |" in text
+    sb3 = [note(rf"--num-steps 32 --device {device} +(\d+) steps/s") for device in ("cpu", "cuda")]
+    cpu, cuda = (f"{x:,.0f}".replace(",", " ") for x in sb3)
+    assert f"PPO, 64 × 32, CPU | {cpu} |" in text and f"PPO, 64 × 32, CUDA | {cuda} |" in text
     moves = 262144 / note(r"([\d.]+) ms for 262144 moves") * 1e3
     steps = 102400 / note(r"([\d.]+) ms for 102400 steps") * 1e3
     for per_second, name in ((moves, "--num-minibatches 16`"), (steps, "--num-envs 4096`")):
         assert f"{name} | {per_second / 1e3:,.0f} 000 |".replace(",", " ") in text
     assert f"[{moves / 1e6:.1f} million moves a second]" in page("README.md")
-    pattern = r"update is (\d+) kernels, (\d+) us of device time \((\d+) matrix"
-    kernels, device, products = re.search(pattern, notes).groups()
-    triton = note(r"Triton's matrix products +(\d+)")
-    assert f"is {kernels} kernels and {device} µs of device time, half of it {products} matrix products" in text
-    assert f"With Triton's matrix products it is {triton:.0f} µs" in text
-    cold, warm = re.search(r"iteration: ([\d.]+) s cold .* ([\d.]+) s from the compiler's cache", notes).groups()
-    assert f"{float(cold):.0f} s to the end of the first iteration" in text
-    assert f"before, {float(warm):.0f} s after" in text
+
+
+def test_the_h200s_table():
+    notes, text = (RESULTS / "gpu_h200.txt").read_text(), page("speed.md").replace("**", "")
+
+    def columns(name):
+        return [int(x) for x in re.search(rf"\n{re.escape(name)} +([\d ]+)\n", notes)[1].split()]
+
+    kernels = [int(x) for x in re.search(r"Kernels of a minibatch of 64: ([\d, ]+);", notes)[1].split(",")]
+    forms = ["only update() compiled (d1d243e)", "the gathering of the minibatch as well"]
+    forms += ['and independent kernels as one ("combo")', "and products of matrices as sums"]
+    lines = (ROOT / "docs/speed.md").read_text().replace("**", "").splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("| only `update`")) :][:4]
+    for form, n, row in zip(forms, kernels, table, strict=True):
+        found = re.findall(r"(\d+) µs", row)
+        assert list(map(int, found)) == columns(form) and f"| {n} |" in row
+    fast, large = columns(forms[3])[0], columns(forms[3])[2]
+    assert f"H200: ppo_clip.py, a minibatch of 64 | | | | {fast} µs |" in text
+    assert f"H200: ppo_clip.py, a minibatch of 1024 | | | | {large} µs |" in text
+    for flags, cell in (
+        ("--cuda --num-envs 64 --num-steps 32", "`ppo_clip.py --cuda --num-envs 64 --num-steps 32` | {} |"),
+        ("--cuda --num-envs 16 --num-steps 128", "`ppo_clip.py --cuda --num-envs 16 --num-steps 128` | {} |"),
+        ("--no-cuda --num-envs 64 --num-steps 32", "the same with `--no-cuda` | {} |"),
+    ):
+        sps = int(re.search(rf"ppo_clip.py {flags} +(\d+) steps/s", notes)[1])
+        assert cell.format(f"{sps:,}".replace(",", " ")) in text
+        if "--cuda --num-envs 64" in flags:
+            readme = f"[{sps:,} steps a second, {fast} µs a minibatch]".replace(",", " ", 1)
+            assert readme in page("README.md") and f"takes {2048e3 / sps:.0f} ms. Collecting" in text
+            assert f"320 minibatches take {320 * fast / 1e3:.0f}" in text
+    collected = dict(re.findall(r"\n(\d+ x \d+), 16 processes +([\d.]+) ms", notes))
+    for size, ms in collected.items():
+        assert re.search(rf"{float(ms):.0f} ms\s+as {size.replace('x', '×')}", text), size
+    sps = int(re.search(r"second 88: (\d+) steps/s", notes)[1])
+    assert f"`ppo_clip.py --cuda` | {sps:,} |".replace(",", " ") in text
+    assert "return 2615 at 718848 steps, 99 s" in notes and "return of 2615 after 99 s and 718 848" in text
     for script, name in (("ppo_clip", "PPO-clip"), ("ppo_klpen", "KL penalty"), ("trpo_continuous", "TRPO")):
-        apart = note(script + r"\.py (\de-\d+)")
-        assert f"{apart:.0e} ({name})".replace("e-0", "e-") in text
+        apart = re.search(script + r"\.py (\de-\d+)", notes)[1]
+        assert f"{float(apart):.0e} ({name})".replace("e-0", "e-") in text
 
 
 def test_fresh_episodes():
