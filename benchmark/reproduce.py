@@ -114,6 +114,8 @@ LINEAR = ("--kl-schedule", "linear")
 FALLING = [trpo("trpo_continuous.py --kl-schedule linear", *LINEAR)]
 FALLING += [trpo("trpo_continuous.py --kl-schedule linear --steady-obs", *LINEAR, "--steady-obs")]
 PENDULUMS = [clip("ppo_clip.py"), trpo("trpo_continuous.py"), *BASELINES[:2], STEADY[2], *FALLING]
+SHORT = ("--max-kl", 0.01, "--gamma", 0.99, "--cg-iters", 15)  # on one action dimension, sb3-contrib's defaults
+DOUBLE = [trpo("trpo_continuous.py"), trpo(f"trpo_continuous.py {' '.join(map(str, SHORT))}", *SHORT), BASELINES[1]]
 LIMITS = [clip("bootstrapped")]
 LIMITS += [Setting("time limit taken as the end", "ppo_clip.py", (), "reproduce:{}-terminal-v0")]
 IPPO, ONE = ("--algorithm", "ippo"), ("--num-minibatches", 1)
@@ -140,6 +142,7 @@ STUDIES = {
     "trpo-forms": Study("the forms of TRPO", FORMS, ("Hopper-v4", "Walker2d-v4")),
     "kl-adaptive-lr": Study("learning-rate schedules", LR, MUJOCO),
     "pendulums": Study("solved, and unlearned again", PENDULUMS, tuple(x for x in SEVEN if "Pendulum" in x)),
+    "double-pendulum": Study("TRPO, half the step", DOUBLE, ("InvertedDoublePendulum-v4",), 10),
     "truncation": Study("bootstrap at time limits, or not", LIMITS, ("Pendulum-v1", "Reacher-v4"), 5, 300_000),
     "spread": Study("three agents, three landmarks", SPREAD, ("simple_spread",), 10, 550_000, (100_000,)),
     "spread-10M": Study("the same, longer", LONG, ("simple_spread",), 3, 10_000_000, (100_000, 550_000)),
