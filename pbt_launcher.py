@@ -212,12 +212,13 @@ def train(args):
     """Train a population to its end. A member trains a leg in a slot, waits for the decision about it, and trains the
     next leg: as itself, or as a copy of another one. Returns a summary. Raises UserError, nearly always before anything
     is written: a mistake that only a first leg shows leaves a folder, which the corrected command may use."""
-    population, running, signals = Population(args), {}, {}  # running: slot -> its leg, and when that started
+    population, running, signals = Population(args), {}, []  # running: slot -> its leg, and when that started
 
     def note(number, frame):  # for the loop to look at; the same again kills, but timeout(1) sends it twice at once
-        if time.monotonic() > signals.setdefault(number, time.monotonic()) + 0.2:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        signals.append(number)
+        signal.signal(number, signal.SIG_IGN)
+        time.sleep(0.2)
+        signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)

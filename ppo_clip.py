@@ -94,7 +94,7 @@ class Args:
     env_id: str = "Hopper-v4"  # gymnasium id, also my_module:MyEnv-v0; Box or Discrete actions
     total_timesteps: int = 1_000_000  # environment steps of the whole run; schedules are functions of it
     seed: int = 1  # all randomness of the run follows from it
-    cuda: bool = False  # train on the GPU; environments stay on the CPU, so take many: --num-envs 64 --num-steps 32
+    cuda: bool = False  # train on the GPU; with few environments a CPU is faster, so try --num-envs 64 --num-steps 32
     compile: bool = True  # torch.compile the update; by default only where it pays, from 200 000 steps
     run_dir: str | None = None  # this run's folder (default: runs/<env_id>__<script>__<seed>__<time>)
     checkpoint_every: int = 100_000  # write a checkpoint at multiples of this; it cuts off the episodes in flight
@@ -686,15 +686,16 @@ def gradient(loss, vector):
 
 def accelerated(args, update, agent, state, data, order, *operands):
     """One pass over the batch as a function without arguments, in the fastest form that the run allows. For each row of
-    order (B/M, M), the places of a minibatch in data, it overwrites state with update(agent, state, minibatch, ...)."""
+    order (B/M, M), the places of a minibatch in data, it overwrites state with update(agent, state, minibatch, ...).
+    data: a dict of tensors (B, ...), with "return" among them."""
 
     def minibatch_update(state, index):
         return update(agent, state, {key: x[index] for key, x in data.items()}, *operands)
 
-    step = minibatch_update
     if args.compile and args.cuda:
-        work = len(state["parameters"]) * order.shape[1] * data["return"][0].numel()  # multiplications, forwards
-        step = compiled(minibatch_update, True, work)
+        samples = order.shape[1] * data["return"][0].numel()  # of a minibatch: its rows, times the agents
+        products = samples * sum(p.numel() for p in agent.parameters())
+        minibatch_update = compiled(minibatch_update, True, products)
 
     def epoch():
         if args.compile and not args.cuda:  # the loop, too, is part of the graph: 98 us a minibatch instead of 165
@@ -702,7 +703,7 @@ def accelerated(args, update, agent, state, data, order, *operands):
         else:
             new = state
             for index in order:
-                new = step(new, index)
+                new = minibatch_update(new, index)
         for key, x in new.items():
             state[key].copy_(x)
 
@@ -717,21 +718,25 @@ def can_compile():
     return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
-def compiled(function, cuda, work=0):
-    """torch.compile(function) as one graph, gradient included. It compiles when it is first called. work: about how
-    many multiplications its networks take."""
+def compiled(function, cuda, products=0):
+    """torch.compile(function) as one graph, gradient included. It compiles when it is first called. products: about how
+    many multiplications its networks need."""
     import torch._inductor.config as config  # here, because it is slow to import
 
     # On the CPU a pool of compiler processes would take longer to start than it saves, and C++ calls the kernels.
     config.compile_threads = config.decide_compile_threads() if cuda else 1
     config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # whose C++ has no loops
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
-    # A GPU takes longer to launch a product of such small matrices than to compute it. Written as sums, products fuse
-    # with what stands around them, and combo kernels do the work of several that do not depend on each other: 16
-    # kernels for a minibatch of 64 instead of 58, and 29 us instead of 119 (H200).
+    # A GPU's kernel takes a microsecond or two however little it computes, and a library's product of such small
+    # matrices takes several. Written as sums, products fuse with what stands around them, and combo kernels do what
+    # several would that do not depend on each other: a minibatch of 64 is 16 kernels, not 53, and 29 us, not 98 (H200).
     config.combo_kernels = cuda
     sizes = {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 1025}
-    config.post_grad_fusion_options = {"decompose_mm_pass": sizes} if cuda and work < 2**24 else {}
+    config.post_grad_fusion_options = {"decompose_mm_pass": sizes}
+    from torch._inductor.fx_passes import decompose_mem_bound_mm  # noqa: F401 (it reads the sizes when it is imported)
+
+    if not cuda or products >= 2**24:
+        config.post_grad_fusion_options = {}
     torch._dynamo.config.recompile_limit = 256  # shapes that one process may compile; the ninth would be an error
     warnings.filterwarnings("ignore", "TensorFloat32")  # 10 bits are too few for a ratio that has to begin at 1
     loops = ("torch.ops.higher_order.scan", "torch.ops.higher_order.while_loop")
@@ -911,15 +916,14 @@ class Run(contextlib.ExitStack):
 
     def stop(self, number, frame):
         """The first SIGINT or SIGTERM ends the run after the current iteration. If that is this process's first, it
-        ends at once, since there is nothing to save yet. The same signal again kills, unless it comes within 0.2 s:
-        timeout(1) sends it to the process, and then to the process's whole group."""
-        if self.signal != number:
-            self.signal, self.signalled = number, time.monotonic()
-            if self.wall_time == self.wall_time_before:
-                raise KeyboardInterrupt(number)
-        elif time.monotonic() > self.signalled + 0.2:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        ends at once, since there is nothing to save yet. The same signal again kills, but not within 0.2 s: timeout(1)
+        sends it to the process, and at once again to the process's whole group."""
+        self.signal = number
+        signal.signal(number, signal.SIG_IGN)
+        time.sleep(0.2)
+        signal.signal(number, signal.SIG_DFL)
+        if self.wall_time == self.wall_time_before:
+            raise KeyboardInterrupt(number)
 
     def summary(self, global_step):
         new = min(self.actors.episodes - self.episodes_before, 100)

@@ -5,7 +5,7 @@
     python benchmark/speed.py teams     # ppo_multiagent.py's algorithms on its built-in worlds, one core
     python benchmark/speed.py workers   # collecting with one process and with one for each core, rollout by rollout
     python benchmark/speed.py update    # a minibatch of ppo_clip.py, as it is and compiled
-    python benchmark/speed.py parts     # where an iteration of ppo_clip.py spends its time; flags of the script go on
+    python benchmark/speed.py parts     # where an iteration of ppo_clip.py spends its time; takes its flags
     python benchmark/speed.py pbt       # what a population costs beyond its work, beside Ray Tune's PBT
     python benchmark/speed.py gpu       # what --cuda brings on this machine; --seconds, --only
 
@@ -23,8 +23,8 @@ writes a checkpoint. Wall time of the whole process, start-up included.
 
 `gpu`: microseconds per minibatch of ppo_clip.py in every form, on the CPU, too; milliseconds per policy step of
 trpo_continuous.py on 2048 states; then whole runs with 1, 8, 16 and 64 environments. Stable-Baselines3 runs beside them
-where it is installed. The last line names the fastest command. A run takes some 25 s to start. Rows come one by one, so
-a run that is cut short keeps what it has measured.
+where it is installed. The last line names the fastest command. On an H200 a run took 25 s to start. Rows come one by
+one, so what is cut short keeps what it has measured.
 """
 
 import argparse
@@ -276,7 +276,8 @@ def update(folder):
 
 
 def parts(flags):
-    """Milliseconds of each part of an iteration of ppo_clip.py, the mean over all iterations but the first five."""
+    """Milliseconds of each part of an iteration of ppo_clip.py, the mean over all iterations but the first five. The
+    GPU is waited for before and after each part, so an iteration takes a little longer than in a run."""
     import ppo_clip as script
 
     times, wait = {}, torch.cuda.synchronize if "--cuda" in flags else lambda: None
@@ -298,13 +299,15 @@ def parts(flags):
     accelerated = script.accelerated
     script.accelerated = lambda *args: timed("epoch", accelerated(*args))
     with tempfile.TemporaryDirectory() as folder:
-        args = script.parse_args(["--total-timesteps", "81920", *flags, "--run-dir", f"{folder}/run"])
+        args = script.parse_args(["--total-timesteps", "81920", "--compile", *flags, "--run-dir", f"{folder}/run"])
         script.train(args)
         ends = [float(row["wall_time"]) for row in csv_rows(Path(folder, "run/progress.csv"))]
     times["iteration"] = [end - start for start, end in pairwise([0, *ends])]
     n = len(ends) - 5
+    if n < 1:
+        sys.exit(f"speed.py parts: {len(ends)} iterations are too few: give a larger --total-timesteps")
     found = {name: 1e3 * sum(x[-(len(x) * n // len(ends)) :]) / n for name, x in times.items()}
-    found["the rest"] = 2 * found["iteration"] - sum(found.values())
+    found["the rest"] = found["iteration"] - sum(x for name, x in found.items() if name != "iteration")
     print(f"ppo_clip.py {' '.join(flags)}: " + ", ".join(f"{name} {x:.1f}" for name, x in found.items()) + " ms")
 
 
@@ -517,18 +520,17 @@ def main():
     parser.add_argument("--seconds", type=float, default=240, help="with gpu: no row is started after this")
     parser.add_argument("--only", default="", help="with gpu: rows whose name contains this")
     parser.add_argument("--results", type=Path, help="write the numbers into this folder, too")
-    args, flags = parser.parse_known_args()
-    if flags and args.group != "parts":
-        parser.error(f"unknown: {' '.join(flags)}")
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["parts"]:
+        parts(sys.argv[2:])
+        return
+    args = parser.parse_args()
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     if args.group == "workers":
         workers(40, args.results)
     elif args.group == "update":
         update(args.results)
-    elif args.group == "parts":
-        parts(flags)
     elif args.group == "pbt":
         population(args.repeats, args.results)
     elif args.group == "gpu":

@@ -129,8 +129,9 @@ def relative_error(x, reference):
 def test_gpu_equals_cpu_after_one_iteration(name, mode, tmp_path):
     """From the same data, in eight epochs, of which the graph replays six: all parameters together to 2e-5 of their
     size, which is some 1e-3 of the way that they have gone. (A single bias that hardly has a gradient may differ by
-    more: Adam divides by the gradient's size.) Self-play takes small steps: with large ones some ReLU meets an input
-    near 0, where rounding decides whether it has a gradient, and from there two runs part, on the CPU, too."""
+    more: Adam divides by the gradient's size.) Self-play takes steps of 1e-5 instead of 7e-4, so for it the limit is a
+    larger part of the way. With large steps the input of some ReLU comes so near to 0 that rounding decides whether it
+    has a gradient. From there two runs part, on the CPU as well."""
     script = importlib.import_module(name.split()[0])
     agents = []
     for device, how in (("--no-cuda", "--no-compile"), ("--cuda", mode)):

@@ -279,9 +279,10 @@ def test_the_h200s_table():
         assert re.search(rf"{float(ms):.0f} ms\s+as {size.replace('x', '×')}", text), size
     sps = int(re.search(r"second 88: (\d+) steps/s", notes)[1])
     assert f"`ppo_clip.py --cuda` | {sps:,} |".replace(",", " ") in text
-    assert "return 2615 at 718848 steps, 99 s" in notes and "return of 2615 after 99 s and 718 848" in text
+    assert "return 2615 at 718848 steps (2051 to 2793" in notes
+    assert "return of 2615 at 718 848 steps (between 2051 and 2793" in text
     for script, name in (("ppo_clip", "PPO-clip"), ("ppo_klpen", "KL penalty"), ("trpo_continuous", "TRPO")):
-        apart = re.search(script + r"\.py (\de-\d+)", notes)[1]
+        apart = re.search(script + r"\.py\s(\de-\d+)", notes)[1]
         assert f"{float(apart):.0e} ({name})".replace("e-0", "e-") in text
 
 

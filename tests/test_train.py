@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -221,19 +222,23 @@ def test_stopping_resuming_and_nothing_left(script, tmp_path, monkeypatch, capsy
 
 def test_a_signal_ends_the_run_after_its_iteration(script, tmp_path, monkeypatch):
     saves, seeds = spied_upon(script, monkeypatch)
-    collect, numbers = script.Actors.collect, (signal.SIGINT, signal.SIGTERM)
+    collect, during, numbers = script.Actors.collect, [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
 
     def signalled(self, agent, seed=None):
         if len(seeds) == 1:
-            for _ in range(2):  # as timeout(1) does: to the process, and then to its group
-                os.kill(os.getpid(), signal.SIGTERM)
+            twin = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+            twin.start()  # timeout(1) sends it to the process, and then to its group
+            os.kill(os.getpid(), signal.SIGTERM)
+            twin.join()
+            during.append(signal.getsignal(signal.SIGTERM))
         return collect(self, agent, seed)
 
     monkeypatch.setattr(script.Actors, "collect", signalled)
     summary = script.train(run_args(script.__name__, tmp_path))
     assert saves == [0, 64] and summary["global_step"] == 64 and summary["signal"] == signal.SIGTERM
     assert script.load_checkpoint(tmp_path / "run")["global_step"] == 64
+    assert during == [signal.SIG_DFL]  # the same again, later, would have killed
     assert before == [signal.getsignal(number) for number in numbers]
 
 
