@@ -119,10 +119,8 @@ def exploit(scores, args, rng):
     """Who copies whom: {loser: donor}. scores: {member: score}. A member with None is left alone, as nothing is known
     of it: it has ended no leg since it began or became a copy, or no episode ended in its leg (it may just do well). A
     member that has failed twice is replaced in decide()."""
-    if args.quantile == 0 or args.replay:  # random search, or a schedule that is known
-        return {}
     scores = {m: x for m, x in scores.items() if x is not None}
-    copies = truncation(scores, args.quantile, rng)
+    copies = truncation(scores, 0 if args.replay else args.quantile, rng)  # 0, as in random search: nobody copies
     # Close scores are mostly noise, and a copy costs the loser all that it has learned itself: hence the gap. Nobody
     # copies an equal: once a task is solved, all scores are equal, and copies would only destroy variety.
     return {m: donor for m, donor in copies.items() if scores[donor] - scores[m] > args.min_gap}
@@ -248,13 +246,12 @@ def train(args):
             if members := population.due():
                 population.decide(members)
             time.sleep(0.01)  # a leg takes minutes
-    best, score = None, None
+    summary = {"best": None, "leg": population.best, "score": None}
     if population.best:
-        best, score = population.folder / "best.pt", population.legs[population.best]["score"]
-        shutil.copy(population.checkpoint(population.best), best)
+        best = shutil.copy(population.checkpoint(population.best), population.folder / "best.pt")
+        summary |= {"best": os.path.relpath(best), "score": population.legs[population.best]["score"]}
         draw(population)
-    best = best and os.path.relpath(best)
-    return {"best": best, "leg": population.best, "score": score, "signal": next(iter(signals), None)}
+    return summary | {"signal": next(iter(signals), None)}
 
 
 # ==== The population: a list of events, and what follows from it, so that nothing is lost in a crash ==================
@@ -877,17 +874,15 @@ def check_folder(args):
         raise UserError(f"{args.run_dir} holds a population: go on with --resume, or choose another --run-dir")
 
 
-def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv) -> int:
     try:
         args = parse_args(argv)
         check_args(args)
         check_folder(args)
         result = train(args)
-        if result["signal"]:
-            if Path(args.run_dir, "events.jsonl").exists():  # else it was stopped before anything was written
-                rest = shlex.join(["--resume", *(x for x in argv if x != "--resume")])
-                say(f"to go on:    python {shlex.quote(os.path.relpath(__file__))} {rest}")
+        if result["signal"] and Path(args.run_dir, "events.jsonl").exists():  # else there is nothing to go on with
+            rest = shlex.join(["--resume", *(x for x in argv if x != "--resume")])
+            say(f"to go on:    python {shlex.quote(os.path.relpath(__file__))} {rest}")
         elif result["leg"]:
             say(f"to evaluate: python {args.script} --evaluate {shlex.quote(result['best'])}")
         show(json.dumps(result), sys.stdout)
@@ -898,4 +893,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -402,13 +402,11 @@ class TeamEnvironments:
         """T steps of old_team in each environment, written into their columns of the rollout. With seeds (N,), all
         begin new episodes first."""
         self.t = 0
-        with named_failures(self.where) if self.envs else contextlib.nullcontext():
+        named = named_failures(lambda: f"environment {self.part.start + self.world.at}, step {self.t} of the rollout")
+        with named if self.envs else contextlib.nullcontext():
             if len(seeds):
                 self.world.reset(seeds[self.part] if self.envs else torch.Generator().manual_seed(int(seeds[0])))
             self.all_steps()
-
-    def where(self):
-        return f"environment {self.part.start + self.world.at}, step {self.t} of the rollout"
 
     @torch.no_grad()
     def steps(self):
@@ -483,9 +481,8 @@ def make_team_batch(team, rollout, args):
     returns = advantage + raw_value
     batch = {"obs": obs, "legal": rollout["legal"], "alive": rollout["alive"], "action": action}
     batch |= {"logprob": team.policy(obs, rollout["legal"]).log_prob(action)}
-    batch |= {"advantage": advantage, "value": value, "return": (returns - mean) / std}
-    batch |= {"state": state} if state is not None else {}
-    return {key: x.flatten(0, 1) for key, x in batch.items()}, returns
+    batch |= {"advantage": advantage, "value": value, "return": (returns - mean) / std, "state": state}
+    return {key: x.flatten(0, 1) for key, x in batch.items() if x is not None}, returns
 
 
 def clipped_surrogate(ratio, advantage, clip_coef):
@@ -572,7 +569,6 @@ def train(args: Args) -> dict:
     B = args.num_steps * args.num_envs
     coef = {f.name: torch.tensor(getattr(args, f.name), device=device) for f in fields(Args) if f.type is float}
     data, _ = make_team_batch(team, actors.rollout, args)  # of an empty rollout: this sets the shapes
-    data = {key: x.clone() for key, x in data.items()}
     order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
     names = [*team_loss(team, data, coef, args.norm_adv)[1], "grad_norm"]
     state = initial_state(team, len(names))
@@ -972,12 +968,10 @@ class PettingZoo:
             try:
                 make = pkgutil.resolve_name(f"{args.env_id}.parallel_env")
             except (ImportError, AttributeError, ValueError) as error:
-                root, known = args.env_id.partition(".")[0], ", ".join([*WORLDS, *GAMES])
-                known_packages = "mpe2", "pettingzoo", "gymnasium_robotics"
-                missing = root in known_packages and getattr(error, "name", None) == root
-                hint = f" (pip install {root.replace('_', '-')})" if missing else ""
-                text = f"not one of {known}, nor a module with a parallel_env: {error}{hint}"
-                raise UserError(text) from error
+                name, known = getattr(error, "name", None), ", ".join([*WORLDS, *GAMES])  # name: of what is missing
+                missing = name in ("mpe2", "pettingzoo", "gymnasium_robotics")
+                hint = f" (pip install {name.replace('_', '-')})" if missing else ""
+                raise UserError(f"not one of {known}, nor a module with a parallel_env: {error}{hint}") from error
             if "mujoco" in args.env_id:
                 quiet_mujoco()
             self.envs = [make(**json.loads(args.env_kwargs), **film) for _ in range(copies)]
@@ -1025,10 +1019,9 @@ class PettingZoo:
                 own = infos.get(name, {}) | (obs[name] if isinstance(obs[name], dict) else {})
                 if self.discrete and np.any(own.get("action_mask", 0)):  # a mask that allows nothing is ignored
                     view["legal"][g, : len(own["action_mask"])] = own["action_mask"]
-        env = self.envs[i]
-        alive = np.array([name in env.agents for name in self.names])
+        alive = np.array([name in self.envs[i].agents for name in self.names])
         view["legal"][~alive] = np.arange(len(view["legal"][0])) < self.discrete  # no noise for the others' critics
-        state = np.asarray(env.state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
+        state = np.asarray(self.envs[i].state(), np.float32).ravel() if self.has_state else view["obs"].ravel()
         if not np.isfinite(state).all():
             with np.printoptions(threshold=8):
                 raise RunFailed(f"state() returned {' '.join(str(state).split())}: not finite")
@@ -1109,7 +1102,6 @@ class TeamActors:
         self.rollout = {key: x.to(device) for key, x in empty_rollout(team, world, T, N).items()}
         self.episodes, self.last = 0, deque(maxlen=100)  # last: (return, length) of the episodes that ended last
         self.running = torch.zeros(N, team.G + 1)  # returns of the episodes in flight, agent by agent, and their length
-        self.ended = self.running[:0]  # the same of those that ended in this rollout
         k = 1 if built_in else min(max(args.num_workers, 1), N)  # processes
         shared = self.old_team, self.noise, self.rollout, world if built_in else None
         self.parts = [(args, slice(N * i // k, N * (i + 1) // k), *shared) for i in range(k)]
@@ -1169,7 +1161,7 @@ class TeamActors:
             self.running += nn.functional.pad(reward_t, (0, 1), value=1.0)
             ended.append(self.running[over_t])
             self.running[over_t] = 0
-        self.ended = torch.cat(ended)
+        self.ended = torch.cat(ended)  # like running, but of the episodes that ended in this rollout
         self.episodes += len(self.ended)
         self.last.extend((sum(returns), int(length)) for *returns, length in self.ended[-100:].tolist())
         return self.rollout

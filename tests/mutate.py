@@ -78,7 +78,7 @@ def variants(node):
 
 def sites(text):
     """(name of the function, its source, its line, start, end, replacement) of each possible mutant."""
-    for top in ast.parse(re.split("# ==== (?:Plumbing|Legs)", text)[0]).body:
+    for top in ast.parse(re.split("# ==== (?:Plumbing|Slots)", text)[0]).body:
         if not isinstance(top, ast.FunctionDef | ast.ClassDef):
             continue
         source, found = ast.get_source_segment(text, top).encode(), []
