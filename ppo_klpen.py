@@ -89,6 +89,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem  # the file's own name: a copy under another name makes, and accepts, runs of its own
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ROLLOUT = ("obs", "next_obs", "action", "reward", "terminated", "done", "discounted_return")
+MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there: the user's, not a bug
 Distribution.set_default_validate_args(False)  # checking arguments would wait for the GPU in every minibatch
 
 
@@ -496,9 +497,6 @@ def show(text, file):
 # ---- environments and the processes that run them --------------------------------------------------------------------
 
 
-MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there
-
-
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
     fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # false for nan, and for what a float32 cannot hold
@@ -540,19 +538,15 @@ def seed_globals(seed):
     random.seed(int(seed))
 
 
-def quiet_mujoco():
-    """Silence an irrelevant warning of the v4 environments, which would also leave a file MUJOCO_LOG.TXT behind."""
-    with named_failures(lambda: "cannot import mujoco", (Exception,)):  # MUJOCO_GL is neither egl, glfw nor osmesa, say
-        import mujoco  # here, so that other environments do not need it
-    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
-
-
 def make_env(env_id, **kwargs):
     """One environment, with observations as vectors. Raises UserError for what this script does not do."""
     gym.logger.min_level = gym.logger.ERROR  # v4 on purpose: the published numbers are v4's; v5 works, too
     with named_failures(lambda: f"cannot make {env_id}", MISTAKES):
         if "mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):
-            quiet_mujoco()
+            with named_failures(lambda: "cannot import mujoco", (Exception,)):  # MUJOCO_GL may be nonsense
+                import mujoco  # here, so that other environments do not need it
+            # Silence an irrelevant warning of the v4 environments that would also leave a file MUJOCO_LOG.TXT behind.
+            mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
             if "render_mode" in kwargs:
                 kwargs["camera_name"] = "track"  # else a body that walks leaves the picture
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
@@ -574,10 +568,8 @@ def close(*envs):
 
 def work(pipe, kind, *args):
     """A worker process: run kind(*args), a part of the environments, as often as the parent asks for it."""
-    # The parent gets these signals, too, and finishes its iteration first. A program that an environment starts would
-    # inherit SIG_IGN, and SIGTERM could not end it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets both signals, too, and finishes its iteration first
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # not SIG_IGN: SIGTERM could not end what inherits it
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError), contextlib.ExitStack() as stack:  # the errors: the parent is gone
@@ -718,9 +710,7 @@ def accelerated(args, update, agent, state, data, order, *operands):
         for key, x in new.items():
             state[key].copy_(x)
 
-    if args.cuda:
-        return CudaGraph(epoch)
-    return compiled(epoch, args.cuda) if args.compile else epoch
+    return CudaGraph(epoch) if args.cuda else compiled(epoch, False) if args.compile else epoch
 
 
 def can_compile():
@@ -900,8 +890,7 @@ class Run(contextlib.ExitStack):
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.callback(signal.signal, number, signal.getsignal(number))
-                signal.signal(number, self.stop)
+                self.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""

@@ -82,6 +82,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem  # the file's own name: a copy under another name makes, and accepts, runs of its own
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there: the user's, not a bug
 Distribution.set_default_validate_args(False)  # checking arguments would wait for the GPU in every minibatch
 
 
@@ -912,9 +913,6 @@ def show(text, file):
 # ---- environments and the processes that run them --------------------------------------------------------------------
 
 
-MISTAKES = gym.error.Error, ImportError  # an id, a version or a package that is not there
-
-
 def checked(obs, shape, reward=None):
     """The observation, if it and the reward can be learned from. Raises RunFailed."""
     fits = np.shape(obs) == shape and (np.abs(obs) < 3e38).all()  # false for nan, and for what a float32 cannot hold
@@ -949,13 +947,6 @@ def seed_globals(seed):
     random.seed(int(seed))
 
 
-def quiet_mujoco():
-    """Silence an irrelevant warning of the v4 environments, which would also leave a file MUJOCO_LOG.TXT behind."""
-    with named_failures(lambda: "cannot import mujoco", (Exception,)):  # MUJOCO_GL is neither egl, glfw nor osmesa, say
-        import mujoco  # here, so that other environments do not need it
-    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
-
-
 class PettingZoo:
     """A PettingZoo parallel environment as a world. Its copies move one after the other, on the CPU. Narrower agents
     are padded with zeros. Box actions are mapped so that [-1, 1] is an agent's whole range. Raises UserError."""
@@ -973,7 +964,10 @@ class PettingZoo:
                 hint = f" (pip install {name.replace('_', '-')})" if missing else ""
                 raise UserError(f"not one of {known}, nor a module with a parallel_env: {error}{hint}") from error
             if "mujoco" in args.env_id:
-                quiet_mujoco()
+                with named_failures(lambda: "cannot import mujoco", (Exception,)):  # MUJOCO_GL may be nonsense
+                    import mujoco  # here, so that other environments do not need it
+                # Silence an irrelevant warning of the v4 environments that would also leave a MUJOCO_LOG.TXT behind.
+                mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
             self.envs = [make(**json.loads(args.env_kwargs), **film) for _ in range(copies)]
             self.views, env = [{}] * copies, self.envs[0]  # views: what each copy shows, numpy arrays without N
             self.names = list(env.possible_agents)
@@ -1072,10 +1066,8 @@ def close(*envs):
 
 def work(pipe, kind, *args):
     """A worker process: run kind(*args), a part of the environments, as often as the parent asks for it."""
-    # The parent gets these signals, too, and finishes its iteration first. A program that an environment starts would
-    # inherit SIG_IGN, and SIGTERM could not end it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets both signals, too, and finishes its iteration first
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # not SIG_IGN: SIGTERM could not end what inherits it
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError), contextlib.ExitStack() as stack:  # the errors: the parent is gone
@@ -1229,9 +1221,7 @@ def accelerated(args, update, agent, state, data, order, *operands):
         for key, x in new.items():
             state[key].copy_(x)
 
-    if args.cuda:
-        return CudaGraph(epoch)
-    return compiled(epoch, args.cuda) if args.compile else epoch
+    return CudaGraph(epoch) if args.cuda else compiled(epoch, False) if args.compile else epoch
 
 
 def can_compile():
@@ -1411,8 +1401,7 @@ class Run(contextlib.ExitStack):
         self.bar = self.enter_context(tqdm(total=self.last_step, initial=self.global_step, unit=" steps", **shown))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.callback(signal.signal, number, signal.getsignal(number))
-                signal.signal(number, self.stop)
+                self.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def log(self, global_step, B, charts, losses):
         """Log one iteration. TensorBoard's tags are charts/KEY and losses/KEY, unless a key has a / of its own."""
