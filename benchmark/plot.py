@@ -66,6 +66,7 @@ LESS = {  # differences that a study is for: a row's name, a setting of the stud
         ("`--kl-schedule linear`, less the default", LINEAR, "v4", "trpo_continuous.py"),
         ("both flags, less the default", f"{LINEAR} {STEADY}", "v4", "trpo_continuous.py"),
         ("both flags, less `--steady-obs` alone", f"{LINEAR} {STEADY}", "steady", f"trpo_continuous.py {STEADY}"),
+        ("both flags, less sb3-contrib TRPO", f"{LINEAR} {STEADY}", "v4-baselines", "sb3-contrib TRPO"),
     ],
 }
 
