@@ -47,6 +47,7 @@ FIGURE3 = {  # PPO paper, Figure 3 (v1): the curves' ends, as Tianshou's authors
 
 
 GAMMA, STEADY, LINEAR = "trpo_continuous.py --gamma 0.99", "--steady-obs", "trpo_continuous.py --kl-schedule linear"
+DOUBLE, OTHER = ("double-pendulum", "trpo_continuous.py"), ("double-pendulum", "sb3-contrib TRPO")
 LESS = {  # differences that a study is for: a row's name, a setting of the study, another study and its setting
     "v4": [
         ("ppo_clip.py, less Stable-Baselines3 PPO", "ppo_clip.py", "v4-baselines", "Stable-Baselines3 PPO"),
@@ -61,6 +62,11 @@ LESS = {  # differences that a study is for: a row's name, a setting of the stud
     "steady": [
         (f"`{STEADY}` less the default: {script}", f"{script} {STEADY}", "v4", script)
         for script in ("ppo_clip.py", "ppo_klpen.py", "trpo_continuous.py")
+    ],
+    "double-pendulum": [
+        ("sb3-contrib's flags, less the default", STUDIES["double-pendulum"].settings[1].name, *DOUBLE),
+        ("sb3-contrib's flags, less sb3-contrib TRPO", STUDIES["double-pendulum"].settings[1].name, *OTHER),
+        ("the default, less sb3-contrib TRPO", "trpo_continuous.py", *OTHER),
     ],
     "kl-schedule": [
         ("`--kl-schedule linear`, less the default", LINEAR, "v4", "trpo_continuous.py"),

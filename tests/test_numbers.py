@@ -107,6 +107,27 @@ def test_single_runs_of_the_double_pendulum():
     assert text in page("pendulums.md"), text
 
 
+def second_half(study):
+    """{(setting, env): means of the returns over the second half, by seed}."""
+    found = {}
+    for (setting, env, _), rows in plot.read(study, RESULTS).items():
+        returns = [float(row["episodic_return"]) for row in rows if int(row["step"]) >= 500_000]
+        found.setdefault((setting, env), []).append(statistics.fmean(returns))
+    return found
+
+
+def test_the_double_pendulum_with_equal_flags():
+    default, short, other = (
+        second_half("double-pendulum")[s.name, "InvertedDoublePendulum-v4"]
+        for s in plot.STUDIES["double-pendulum"].settings
+    )
+    mean_of = lambda x: f"{statistics.fmean(x):.0f} ± {statistics.stdev(x) / len(x) ** 0.5:.0f}"  # noqa: E731
+    text = f"the runs trpo_continuous.py returns {mean_of(default)}, sb3-contrib's TRPO {mean_of(other)}"
+    assert f"Over the second half of {text} (± standard error)." in page("pendulums.md")
+    text = f"with these flags trpo_continuous.py returns {mean_of(short)} over the second half."
+    assert text in page("pendulums.md") and statistics.fmean(short) < statistics.fmean(other) - 2000
+
+
 def test_a_solved_pendulum():
     """What the statistics do to a policy that nobody trains, and steps of several lengths to a solved one."""
     falls, kl = plot.statistics_runs("falls", RESULTS), plot.statistics_runs("kl", RESULTS)
@@ -123,11 +144,7 @@ def test_a_solved_pendulum():
 
 
 def test_the_second_half_of_a_pendulums_run():
-    found = {}  # {(setting, env): means over the second half, by seed}
-    for (setting, env, _), rows in plot.read("pendulums", RESULTS).items():
-        returns = [float(row["episodic_return"]) for row in rows if int(row["step"]) >= 500_000]
-        found.setdefault((setting, env), []).append(statistics.fmean(returns))
-    cells = {key: f"{statistics.fmean(x):.0f}" for key, x in found.items()}
+    cells = {key: f"{statistics.fmean(x):.0f}" for key, x in second_half("pendulums").items()}
     double, single = plot.STUDIES["pendulums"].envs
     codes = "ppo_clip.py", SB3, "trpo_continuous.py", "sb3-contrib TRPO"
     text = (
