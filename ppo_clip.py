@@ -32,7 +32,7 @@ Departures from the paper; scaling, first weights and the falling rate matter mo
 - A time limit does not end the task: V of the last state stands for the rewards that would have followed.
 - 8 environments x 256 steps replace the paper's 1 x 2048: the same batch, collected in parallel.
 
-    python ppo_clip.py --env-id Hopper-v4                               # 1M steps: one to three minutes
+    python ppo_clip.py --env-id Hopper-v4                               # 1M steps: one to four minutes
     python ppo_clip.py --resume runs/Hopper-v4__ppo_clip__1__DATE       # goes on from its last checkpoint
     python ppo_clip.py --evaluate runs/Hopper-v4__ppo_clip__1__DATE     # without noise; prints one line of JSON
     python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # Discrete actions work, too
@@ -699,7 +699,9 @@ def accelerated(args, update, agent, state, data, order, *operands):
         for key, x in new.items():
             state[key].copy_(x)
 
-    return CudaGraph(epoch) if args.cuda else compiled(epoch, False) if args.compile else epoch
+    if args.cuda:
+        return CudaGraph(epoch)
+    return compiled(epoch, False) if args.compile else epoch
 
 
 def can_compile():
@@ -718,8 +720,8 @@ def compiled(function, cuda, products=0):
     config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # whose C++ has no loops
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     # A GPU's kernel takes a microsecond or two however little it computes, and a library's product of such small
-    # matrices takes several. Written as sums, products fuse with what stands around them, and combo kernels do what
-    # several would that do not depend on each other: a minibatch of 64 is 16 kernels, not 53, and 29 us, not 98 (H200).
+    # matrices takes several. Written as sums, products fuse with the operations around them, and a combo kernel does
+    # the work of several independent ones. A minibatch of 64 is then 16 kernels, not 53: 29 us instead of 98 (H200).
     config.combo_kernels = cuda
     sizes = {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 1025}
     config.post_grad_fusion_options = {"decompose_mm_pass": sizes}

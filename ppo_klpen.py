@@ -37,7 +37,7 @@ Departures from the paper:
 - Scaling, initialisation, normalised advantages and the falling learning rate are those of ppo_clip.py, so that the
   objective is the only difference. As the rate goes to 0 the KL does, too, and beta follows it down.
 
-    python ppo_klpen.py --env-id Hopper-v4                              # 1M steps: one to three minutes
+    python ppo_klpen.py --env-id Hopper-v4                              # 1M steps: one to four minutes
     python ppo_klpen.py --env-id Hopper-v4 --beta-schedule fixed        # the price stays 1
     python ppo_klpen.py --resume runs/Hopper-v4__ppo_klpen__1__DATE     # goes on from its last checkpoint
     python ppo_klpen.py --evaluate runs/Hopper-v4__ppo_klpen__1__DATE   # without noise; prints one line of JSON
@@ -710,7 +710,9 @@ def accelerated(args, update, agent, state, data, order, *operands):
         for key, x in new.items():
             state[key].copy_(x)
 
-    return CudaGraph(epoch) if args.cuda else compiled(epoch, False) if args.compile else epoch
+    if args.cuda:
+        return CudaGraph(epoch)
+    return compiled(epoch, False) if args.compile else epoch
 
 
 def can_compile():
@@ -729,8 +731,8 @@ def compiled(function, cuda, products=0):
     config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # whose C++ has no loops
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     # A GPU's kernel takes a microsecond or two however little it computes, and a library's product of such small
-    # matrices takes several. Written as sums, products fuse with what stands around them, and combo kernels do what
-    # several would that do not depend on each other: a minibatch of 64 is 16 kernels, not 53, and 29 us, not 98 (H200).
+    # matrices takes several. Written as sums, products fuse with the operations around them, and a combo kernel does
+    # the work of several independent ones. A minibatch of 64 is then 16 kernels, not 53: 29 us instead of 98 (H200).
     config.combo_kernels = cuda
     sizes = {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 1025}
     config.post_grad_fusion_options = {"decompose_mm_pass": sizes}

@@ -570,6 +570,7 @@ def train(args: Args) -> dict:
     B = args.num_steps * args.num_envs
     coef = {f.name: torch.tensor(getattr(args, f.name), device=device) for f in fields(Args) if f.type is float}
     data, _ = make_team_batch(team, actors.rollout, args)  # of an empty rollout: this sets the shapes
+    data = {key: x.clone() for key, x in data.items()}  # some are the rollout's own memory
     order = torch.zeros(args.num_minibatches, B // args.num_minibatches, dtype=torch.long, device=device)
     names = [*team_loss(team, data, coef, args.norm_adv)[1], "grad_norm"]
     state = initial_state(team, len(names))
@@ -1221,7 +1222,9 @@ def accelerated(args, update, agent, state, data, order, *operands):
         for key, x in new.items():
             state[key].copy_(x)
 
-    return CudaGraph(epoch) if args.cuda else compiled(epoch, False) if args.compile else epoch
+    if args.cuda:
+        return CudaGraph(epoch)
+    return compiled(epoch, False) if args.compile else epoch
 
 
 def can_compile():
@@ -1240,8 +1243,8 @@ def compiled(function, cuda, products=0):
     config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # whose C++ has no loops
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     # A GPU's kernel takes a microsecond or two however little it computes, and a library's product of such small
-    # matrices takes several. Written as sums, products fuse with what stands around them, and combo kernels do what
-    # several would that do not depend on each other: a minibatch of 64 is 16 kernels, not 53, and 29 us, not 98 (H200).
+    # matrices takes several. Written as sums, products fuse with the operations around them, and a combo kernel does
+    # the work of several independent ones. A minibatch of 64 is then 16 kernels, not 53: 29 us instead of 98 (H200).
     config.combo_kernels = cuda
     sizes = {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 1025}
     config.post_grad_fusion_options = {"decompose_mm_pass": sizes}

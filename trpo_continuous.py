@@ -60,7 +60,7 @@ Departures from the paper:
 - gamma is 0.995, as in the first author's code. With the paper's 0.99 seeds 1 to 5 end at 2448 on Hopper, not 2862, and
   at 3331 on Walker2d, not 3202.
 
-    python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: one to three minutes
+    python trpo_continuous.py --env-id Hopper-v4                              # 1M steps: one to four minutes
     python trpo_continuous.py --kl-constraint max --max-kl 0.2                # bounds the largest KL, not the mean
     python trpo_continuous.py --form penalized --beta-schedule adaptive       # the price follows the KL
     python trpo_continuous.py --resume runs/Hopper-v4__trpo_continuous__1__DATE      # goes on from its checkpoint
@@ -834,7 +834,9 @@ def accelerated(args, update, agent, state, data, order, *operands):
         for key, x in new.items():
             state[key].copy_(x)
 
-    return CudaGraph(epoch) if args.cuda else compiled(epoch, False) if args.compile else epoch
+    if args.cuda:
+        return CudaGraph(epoch)
+    return compiled(epoch, False) if args.compile else epoch
 
 
 def can_compile():
@@ -853,8 +855,8 @@ def compiled(function, cuda, products=0):
     config.cpp_wrapper = not cuda and not torch.__version__.startswith("2.11")  # whose C++ has no loops
     config.cpp.use_decompose_tanh = True  # a tenth faster; the error is 2e-7
     # A GPU's kernel takes a microsecond or two however little it computes, and a library's product of such small
-    # matrices takes several. Written as sums, products fuse with what stands around them, and combo kernels do what
-    # several would that do not depend on each other: a minibatch of 64 is 16 kernels, not 53, and 29 us, not 98 (H200).
+    # matrices takes several. Written as sums, products fuse with the operations around them, and a combo kernel does
+    # the work of several independent ones. A minibatch of 64 is then 16 kernels, not 53: 29 us instead of 98 (H200).
     config.combo_kernels = cuda
     sizes = {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 1025}
     config.post_grad_fusion_options = {"decompose_mm_pass": sizes}
